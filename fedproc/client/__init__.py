@@ -1,0 +1,1 @@
+"""What a federated client does: plain functions that know torch and nothing of processes."""

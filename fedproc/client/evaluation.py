@@ -1,0 +1,80 @@
+"""Evaluation of a model on rows, as sums that can be added up.
+
+Runs in worker processes. Rows are taken in chunks whose borders do not depend on the number of
+workers, so that the sums are the same bits wherever a chunk was computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fedproc.client.training import Loss
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSums:
+    """What a chunk of rows adds to an evaluation.
+
+    Attributes:
+        rows: Rows of the chunk.
+        loss_sum: Mean loss of the chunk times its rows; None without a loss.
+        correct: Rows whose largest output is the target; None where that has no meaning.
+        outputs: The outputs of the model, shape (rows, ...), if they were asked for.
+    """
+
+    rows: int
+    loss_sum: float | None
+    correct: int | None
+    outputs: Tensor | None = None
+
+
+def evaluate_chunks(
+    model: nn.Module,
+    rows: tuple[Tensor, Tensor],
+    loss: Loss | None,
+    chunk_rows: int,
+    *,
+    outputs: bool = False,
+) -> list[ChunkSums]:
+    """Runs ``model`` in eval mode without gradients over chunks of ``chunk_rows`` rows.
+
+    Args:
+        model: The model; its mode is restored afterwards.
+        rows: Inputs (rows, ...) and targets (rows, ...).
+        loss: ``loss(outputs, targets)`` -> one number, the mean over the rows, or None.
+        chunk_rows: Rows per chunk; the last may have fewer.
+        outputs: Whether to keep the outputs.
+
+    Returns:
+        One record per chunk, in the order of the rows.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    x, y = rows
+    sums = []
+    with torch.no_grad():
+        for start in range(0, len(x), chunk_rows):
+            # a copy, so that the place of the rows in a block cannot reach a kernel
+            chunk = x[start : start + chunk_rows].clone()
+            targets = y[start : start + chunk_rows].clone()
+            result = model(chunk)
+            total = None if loss is None else float(loss(result, targets)) * len(chunk)
+            kept = result.cpu() if outputs else None
+            sums.append(ChunkSums(len(chunk), total, _correct(result, targets), kept))
+    for module, training in modes:
+        module.training = training
+    return sums
+
+
+def _correct(outputs: object, targets: Tensor) -> int | None:
+    classes = isinstance(outputs, torch.Tensor) and outputs.ndim == 2
+    if not classes or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        return None
+    assert isinstance(outputs, torch.Tensor)
+    return int((outputs.argmax(dim=1) == targets).sum())

@@ -1,0 +1,200 @@
+"""The flat form of a model: one block of bytes that holds what travels, and nothing else.
+
+Runs in the parent and in workers; both compute the same layout from the same model. Trained
+parameters come first, then floating buffers, then integer buffers, each kind grouped by dtype.
+Frozen parameters do not travel. Tied tensors have one name and travel once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+import torch
+from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+Kind = Literal["trained", "mean", "largest"]
+
+# A section starts on a cache line, so that the views of a block are as aligned as fresh tensors.
+_ALIGNMENT_BYTES: Final = 64
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS: Final = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the model: its name (of parameter or buffer), shape and number of elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Tensors of one kind and dtype, side by side.
+
+    Attributes:
+        kind: How the aggregator treats them: ``trained`` by the strategy, ``mean`` as floating
+            buffers, ``largest`` as integer buffers.
+        dtype: The dtype of all of them.
+        start_bytes: Where the section begins in the block.
+        numel: Elements of the section.
+        entries: The tensors, in the order of the model.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    start_bytes: int
+    numel: int
+    entries: tuple[Entry, ...]
+
+    def view(self, block: Tensor) -> Tensor:
+        """Returns the section of ``block`` as a tensor of shape (numel,), without a copy."""
+        stop = self.start_bytes + self.numel * self.dtype.itemsize
+        return block[self.start_bytes : stop].view(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where every tensor that travels lies in a block of ``nbytes`` bytes."""
+
+    sections: tuple[Section, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout:
+        """Computes the layout of a model.
+
+        Raises:
+            ValueError: Nothing can be trained, or a tensor has no defined mean: complex, sparse,
+                quantised, lazy, on the meta device, or an expanded view.
+        """
+        groups: dict[tuple[Kind, torch.dtype], list[Entry]] = {}
+        for name, tensor, kind in _travellers(model):
+            entry = Entry(name, tuple(tensor.shape), tensor.numel())
+            groups.setdefault((kind, tensor.dtype), []).append(entry)
+        sections, end = [], 0
+        order = {"trained": 0, "mean": 1, "largest": 2}
+        for (kind, dtype), entries in sorted(groups.items(), key=lambda item: order[item[0][0]]):
+            start = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            numel = sum(entry.numel for entry in entries)
+            sections.append(Section(kind, dtype, start, numel, tuple(entries)))
+            end = start + numel * dtype.itemsize
+        if not any(section.kind == "trained" for section in sections):
+            raise ValueError(
+                "the model has no parameter with requires_grad=True: nothing can be trained"
+            )
+        return cls(tuple(sections), end)
+
+    def of_kind(self, kind: Kind) -> tuple[Section, ...]:
+        """Returns the sections of one kind, in the order of the block."""
+        return tuple(section for section in self.sections if section.kind == kind)
+
+    @property
+    def trained_numel(self) -> int:
+        """Number of trained parameters, tied ones counted once."""
+        return sum(section.numel for section in self.of_kind("trained"))
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of everything that travels, without the gaps between sections."""
+        return sum(section.numel * section.dtype.itemsize for section in self.sections)
+
+    def new_block(self) -> Tensor:
+        """Allocates a block: uint8, shape (nbytes,), zeros."""
+        return torch.zeros(self.nbytes, dtype=torch.uint8)
+
+    def tensors(self, model: nn.Module) -> list[list[Tensor]]:
+        """Finds the tensors of every section in ``model``."""
+        named = {name: tensor for name, tensor, _ in _travellers(model)}
+        return [[named[entry.name] for entry in section.entries] for section in self.sections]
+
+    def trained(self, model: nn.Module) -> list[Tensor]:
+        """Lists the trained parameters of ``model`` in the order of the block."""
+        named = dict(model.named_parameters())
+        return [named[entry.name] for part in self.of_kind("trained") for entry in part.entries]
+
+    def pack(self, tensors: Sequence[Sequence[Tensor]], block: Tensor) -> Tensor:
+        """Copies tensors, as :meth:`tensors` lists them, into ``block`` and returns it."""
+        with torch.no_grad():
+            for section, members in zip(self.sections, tensors, strict=True):
+                flat = [member.detach().reshape(-1).cpu() for member in members]
+                torch.cat(flat, out=section.view(block))
+        return block
+
+    def unpack(self, block: Tensor, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Copies ``block`` into tensors in place, whatever their strides."""
+        with torch.no_grad():
+            for section, members in zip(self.sections, tensors, strict=True):
+                pieces = torch.split(
+                    section.view(block), [entry.numel for entry in section.entries]
+                )
+                for entry, piece, member in zip(section.entries, pieces, members, strict=True):
+                    member.copy_(piece.view(entry.shape))
+
+    def flat_trained(self, block: Tensor) -> Tensor:
+        """Returns the trained parameters of ``block`` as one float64 vector (a copy)."""
+        return torch.cat([part.view(block).double() for part in self.of_kind("trained")])
+
+    def split_trained(self, vector: Tensor) -> list[Tensor]:
+        """Views a vector over all trained parameters as tensors of their shapes."""
+        entries = [entry for part in self.of_kind("trained") for entry in part.entries]
+        pieces = torch.split(vector, [entry.numel for entry in entries])
+        return [piece.view(entry.shape) for piece, entry in zip(pieces, entries, strict=True)]
+
+    def non_finite(self, block: Tensor) -> str | None:
+        """Says where a floating value of ``block`` is NaN or infinite, or returns None."""
+        for section in self.sections:
+            values = section.view(block)
+            if section.kind == "largest" or bool(torch.isfinite(values).all()):
+                continue
+            pieces = torch.split(values, [entry.numel for entry in section.entries])
+            for entry, piece in zip(section.entries, pieces, strict=True):
+                bad = int((~torch.isfinite(piece)).sum())
+                if bad:
+                    return f"{bad} of {entry.numel} values of {entry.name!r} are not finite"
+        return None
+
+
+def _travellers(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:
+    """Yields name, tensor and kind of everything that travels, tied tensors once."""
+    for name, parameter in model.named_parameters():
+        _refuse_undefined(name, parameter)
+        if parameter.requires_grad:
+            _refuse_dtype(name, parameter, _FLOATS)
+            yield name, parameter, "trained"
+    for name, buffer in model.named_buffers():
+        _refuse_undefined(name, buffer)
+        _refuse_dtype(name, buffer, (*_FLOATS, *_INTEGERS))
+        yield name, buffer, "mean" if buffer.is_floating_point() else "largest"
+
+
+def _refuse_undefined(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor) or tensor.is_meta:
+        raise ValueError(
+            f"{name!r} has no values yet: run the model once on a sample, then pass it"
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"{name!r} is sparse or quantised: only dense tensors have a defined mean")
+    if any(
+        stride == 0 < size - 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ValueError(f"{name!r} is an expanded view: call .contiguous() on it first")
+
+
+def _refuse_dtype(name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name!r} has dtype {tensor.dtype}, which has no defined mean here")

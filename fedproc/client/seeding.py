@@ -1,0 +1,80 @@
+"""Random streams of one client, derived from names and never from where it runs.
+
+Runs in worker processes; an inline worker runs it in a thread of the parent, so the streams of
+the process are borrowed and given back. May assume that nobody else draws from them meanwhile:
+a process worker runs one command at a time, and inline workers take turns.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hashes names and numbers to a seed; different tuples give unrelated seeds.
+
+    Sums such as ``seed + client`` collide across runs and clients; a hash does not.
+
+    Args:
+        *parts: What the stream is for, such as (seed, round, client, purpose).
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_for(*parts: int | str) -> torch.Generator:
+    """Makes a CPU generator seeded from ``parts``, see :func:`derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def seeded_streams(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the streams of Python, NumPy and torch for a block, then restores them.
+
+    Args:
+        seed: An integer in [0, 2**63), from :func:`derive_seed`.
+        device: The device of the computation; its stream is seeded too if it is not the CPU.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream itself
+    cpu = torch.default_generator.get_state()
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    other = None if accelerator is None else accelerator.get_rng_state(device)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global stream itself
+    torch.default_generator.manual_seed(seed)
+    if accelerator is not None:
+        accelerator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002 - the global stream itself
+        torch.default_generator.set_state(cpu)
+        if accelerator is not None:
+            accelerator.set_rng_state(other, device)
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Limits torch to ``threads`` threads for a block; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,191 @@
+"""Local epochs: what a client does with the model and its own rows.
+
+Runs in worker processes. Plain functions of torch: they may assume that the model is loaded, the
+random streams are seeded and nobody else uses the model; they know nothing of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedproc.client.ranges import require_at_least, require_positive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTraining:
+    """Local epochs of minibatch descent, the client's part of FedAvg (McMahan et al. 2017).
+
+    The optimizer is new for every client and round. The gradient of the loss is clipped before a
+    strategy corrects it (FedProx, Scaffold).
+
+    Attributes:
+        loss: ``loss(outputs, targets)`` -> one number, the mean over the rows.
+        optimizer: Called with the list of trained parameters; returns a torch optimizer.
+        epochs: Passes over the rows of the client.
+        batch_size: Rows of a step; None takes all rows at once.
+        shuffle: A new order for every client, round and epoch; False keeps the rows in order.
+        max_steps: Most optimizer steps of one client in one round; None sets no limit.
+        clip_grad_norm: Largest 2-norm of the gradient over all parameters; None does not clip.
+
+    Raises:
+        ValueError: A value is outside of its range.
+    """
+
+    loss: Loss
+    optimizer: OptimizerFactory
+    _: KW_ONLY
+    epochs: int = 1
+    batch_size: int | None = 32
+    shuffle: bool = True
+    max_steps: int | None = None
+    clip_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value here, so that no client fails on it later."""
+        for name in ("loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
+        require_at_least("epochs", self.epochs, 1)
+        if self.batch_size is not None:
+            require_at_least("batch_size", self.batch_size, 1)
+        if self.max_steps is not None:
+            require_at_least("max_steps", self.max_steps, 1)
+        if self.clip_grad_norm is not None:
+            require_positive("clip_grad_norm", self.clip_grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainContext:
+    """What a custom ``train(model, x, y, ctx)`` may know and keep.
+
+    Attributes:
+        client: Name of the client.
+        round: Number of the round, from 1.
+        generator: CPU generator seeded from (seed, round, client); the global streams of Python,
+            NumPy and torch are seeded too.
+        state: Kept for this client from one accepted update to the next.
+    """
+
+    client: str
+    round: int
+    generator: torch.Generator
+    state: dict[str, Any]
+
+
+TrainFunction = Callable[[nn.Module, Tensor, Tensor, TrainContext], Mapping[str, float] | None]
+
+
+@dataclass(slots=True)
+class Progress:
+    """What local epochs did.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        rows: Rows processed, a row counted once for each time.
+        loss_sum: Sum over the processed rows of the loss before the step.
+        optimizer: The optimizer that took the steps.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0
+    optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
+
+
+def run_local_epochs(
+    model: nn.Module,
+    rows: tuple[Tensor, Tensor],
+    local: LocalTraining,
+    generator: torch.Generator,
+    correct: Callable[[], None] | None = None,
+) -> Progress:
+    """Trains ``model`` in place on the rows of one client.
+
+    Args:
+        model: Holds the global parameters at the start.
+        rows: Inputs of shape (rows, ...) and targets of shape (rows, ...).
+        local: What to do.
+        generator: Draws the order of the rows.
+        correct: Called after each backward pass; may change the gradients.
+
+    Returns:
+        Steps, rows and loss of what was done.
+
+    Raises:
+        ValueError: The loss is not one number.
+        FloatingPointError: The loss is NaN or infinite.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = local.optimizer(parameters)
+    progress = Progress(optimizer=optimizer)
+    for x, y in _batches(rows, local, generator):
+        optimizer.zero_grad()
+        loss = local.loss(model(x), y)
+        value = _loss_value(loss, progress.steps)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if local.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
+        if correct is not None:
+            correct()
+        optimizer.step()
+        progress.steps += 1
+        progress.rows += len(x)
+        progress.loss_sum += value * len(x)
+    return progress
+
+
+def _loss_value(loss: Tensor, step: int) -> float:
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)}, it must be one number: "
+            "use reduction='mean' or take the mean"
+        )
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the loss is {value} at step {step + 1}: lower the learning rate, or clip"
+        )
+    return value
+
+
+def _batches(
+    rows: tuple[Tensor, Tensor], local: LocalTraining, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches of all epochs, at most ``max_steps``.
+
+    A batch is a copy: where the rows of a client lie in the block of its worker, and so their
+    alignment, must not reach a kernel that might sum in another order because of it.
+    """
+    x, y = rows
+    left = math.inf if local.max_steps is None else local.max_steps
+    for _ in range(local.epochs):
+        for index in _batch_indices(len(x), local, generator):
+            if left <= 0:
+                return
+            left -= 1
+            if isinstance(index, slice):
+                yield x[index].clone(), y[index].clone()
+            else:
+                here = index.to(x.device)
+                yield x.index_select(0, here), y.index_select(0, here)
+
+
+def _batch_indices(
+    rows: int, local: LocalTraining, generator: torch.Generator
+) -> Iterable[slice | Tensor]:
+    size = local.batch_size or rows
+    if local.shuffle:
+        return torch.split(torch.randperm(rows, generator=generator), size)
+    return [slice(start, start + size) for start in range(0, rows, size)]

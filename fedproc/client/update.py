@@ -1,0 +1,59 @@
+"""What goes to a client and what comes back, as records.
+
+Made in one process and read in another: the parent makes tasks, workers make updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One client's work in one round.
+
+    Attributes:
+        client: Name of the client.
+        round: Number of the round, from 1.
+        seed: Seed of the run; every stream of the client derives from it.
+        state: What the client kept from its last accepted update.
+    """
+
+    client: str
+    round: int
+    seed: int
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a client returns.
+
+    Attributes:
+        block: The trained model in the flat form of its layout: uint8, shape (nbytes,).
+        examples: Rows the client holds.
+        steps: Optimizer steps, or ``metrics["steps"]`` of a custom function, or None.
+        step_norm: Sum of the coefficients by which the steps applied the gradients, in units of
+            the learning rate (FedNova's ``|a|_1``), or None where ``steps`` is None.
+        rows: Rows processed; 0 for a custom function.
+        loss_sum: Sum of the loss over the rows processed.
+        metrics: Numbers to report.
+        state: What the client keeps if the update is accepted.
+    """
+
+    block: Tensor
+    examples: int
+    steps: float | None
+    step_norm: float | None
+    rows: int
+    loss_sum: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def without_block(self) -> Update:
+        """Returns the update without its tensors of the model, for the record."""
+        return replace(self, block=self.block[:0].clone())

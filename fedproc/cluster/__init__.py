@@ -1,0 +1,1 @@
+"""Worker processes as a group: start, names, work for all of them, end."""

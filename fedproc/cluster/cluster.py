@@ -1,0 +1,289 @@
+"""Cluster: worker processes by name. Runs in the parent; the class that users start with."""
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fedproc.cluster.supervision import Supervisor, make_transport, usable_cores
+from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
+from fedproc.remote import reading
+from fedproc.remote.group import PointerGroup, as_completed
+from fedproc.remote.pointer import Pointer
+from fedproc.remote.worker import Worker
+from fedproc.transport.base import WorkerSpec
+
+_open: "set[Cluster]" = set()
+
+
+class Cluster:
+    """Worker processes on this machine, by name.
+
+    Args:
+        workers: names; a number of workers (``worker-0`` ...); None: one per usable core.
+        threads: torch threads per worker; None: the cores divided by the workers.
+        seed: of the workers' random generators, together with the worker's name.
+        memory_limit: bytes of shared memory per worker; None: bounded by the machine.
+        preload: names of modules to import before the workers start.
+        restart: replace a dead worker by an empty one of the same name.
+        transport: ``"process"``, or ``"inline"``: threads of this process, for debugging.
+        devices: torch devices dealt to the workers in turn; None: the CPU.
+        min_rows: rows an evaluation on private data must cover for its means to leave a worker.
+        start_timeout: seconds that starting may take.
+
+    Raises:
+        ValueError: no workers, an empty or a duplicate name, or another argument out of range.
+        WorkerStartError: a worker or a preloaded module could not be started.
+    """
+
+    def __init__(
+        self,
+        workers: int | Iterable[str] | None = None,
+        *,
+        threads: int | None = None,
+        seed: int = 0,
+        memory_limit: int | None = None,
+        preload: Sequence[str] = (),
+        restart: bool = False,
+        transport: str = "process",
+        devices: Sequence[str | torch.device] | None = None,
+        min_rows: int = 10,
+        start_timeout: float = 60.0,
+    ) -> None:
+        """Start the workers."""
+        names = _names(workers)
+        _positive(threads=threads, memory_limit=memory_limit, start_timeout=start_timeout)
+        if min_rows < 1:
+            raise ValueError(f"min_rows must be at least 1, not {min_rows}")
+        self.seed = seed
+        self.min_rows = min_rows
+        self.transport = transport
+        self.threads = threads
+        self._restart = restart
+        self._owner = os.getpid()
+        self._closed = False
+        self._lock = threading.RLock()
+        each = threads or max(1, usable_cores() // len(names))
+        placed = [str(torch.device(device)) for device in devices or ["cpu"]]
+        self._specs = [
+            WorkerSpec(
+                name, seed, each, memory_limit, placed[i % len(placed)], transport == "inline"
+            )
+            for i, name in enumerate(names)
+        ]
+        if isinstance(preload, str):
+            preload = (preload,)
+        made = make_transport(transport, tuple(preload), start_timeout)
+        self._supervisor = Supervisor(made, start_timeout)
+        try:
+            started = self._supervisor.start(self._specs)
+        except BaseException:
+            self._supervisor.close()
+            raise
+        self._workers = dict(zip(names, started, strict=True))
+        _open.add(self)
+
+    # ---- workers by name
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The workers, in the order of their names."""
+        return tuple(self[name] for name in self._workers)
+
+    def __getitem__(self, name: str) -> Worker:
+        """The worker of that name; with ``restart=True`` a new one if it has died.
+
+        Raises:
+            WorkerNotFoundError: there is none.
+        """
+        if name not in self._workers:
+            known = ", ".join(repr(known) for known in self._workers)
+            raise WorkerNotFoundError(f"no worker is called {name!r}; there are {known}")
+        if self._restart and not self._closed:
+            self._replace(name)
+        return self._workers[name]
+
+    def _replace(self, name: str) -> None:
+        with self._lock:
+            old = self._workers[name]
+            if not old.alive and isinstance(old.link.end, WorkerLostError):
+                spec = next(spec for spec in self._specs if spec.name == name)
+                self._workers[name] = self._supervisor.start([spec])[0]
+
+    def __iter__(self) -> Iterator[Worker]:
+        """The workers, in order."""
+        return iter(self.workers)
+
+    def __len__(self) -> int:
+        """Number of workers."""
+        return len(self._workers)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a worker has that name (or is one of ours)."""
+        if isinstance(name, Worker):
+            return any(name is worker for worker in self._workers.values())
+        return name in self._workers
+
+    # ---- work for all of them
+
+    def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+        """``worker.run`` on every worker: a list of pointers."""
+        return [worker.run(fn, *args, **kwargs) for worker in self.workers]
+
+    def send(self, obj: Any, **options: Any) -> PointerGroup:
+        """``worker.send`` to every worker: a group of pointers."""
+        return PointerGroup([worker.send(obj, **options) for worker in self.workers])
+
+    def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """``[fn(item) for item in items]``, dealt to idle workers.
+
+        Raises:
+            Exception: the first error in the order of the items; items after it may not have run.
+        """
+        todo = list(items)
+        results: list[Any] = [None] * len(todo)
+        errors: dict[int, Exception] = {}
+        running: dict[Pointer, tuple[int, Worker]] = {}
+        places = iter(range(len(todo)))
+        idle = list(self.workers)
+        while True:
+            while idle and not errors and (place := next(places, None)) is not None:
+                worker = idle.pop()
+                running[worker.run(fn, todo[place])] = (place, worker)
+            if not running:
+                break
+            pointer = next(as_completed(running))
+            place, worker = running.pop(pointer)
+            try:
+                results[place] = reading.value(pointer._data(), "map")
+            except Exception as error:  # raised below, the first in order
+                errors[place] = error
+            idle.append(worker)
+        if errors:
+            raise errors[min(errors)]
+        return results
+
+    def search(self, *tags: str) -> dict[str, list[Any]]:
+        """Worker name -> pointers to its objects with all ``tags``; workers with none are left out."""
+        found = {worker.name: worker.search(*tags) for worker in self.workers}
+        return {name: pointers for name, pointers in found.items() if pointers}
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until all submitted work is done.
+
+        Raises:
+            Exception: the first error, in the order of submission, that nobody has looked at.
+            CommandTimeoutError: not done within ``timeout`` seconds.
+            ClosedError: the cluster is closed.
+        """
+        if self._closed or self._owner != os.getpid():
+            raise ClosedError("the cluster is closed, or another process's: nothing to wait for")
+        links = [worker.link for worker in self._workers.values()]
+        for link in links:
+            link.refuse_deadlock(link.last)
+            link.flush()
+        targets = [(link, link.last) for link in links]
+        if not self._supervisor.hub.wait_until(
+            lambda: all(link.executed(number) for link, number in targets), timeout
+        ):
+            busy = [link.name for link, number in targets if not link.executed(number)]
+            raise CommandTimeoutError(
+                f"wait: {', '.join(map(repr, busy))} not done within {timeout:g} s. The work goes "
+                "on; wait again, or end a worker with worker.kill()."
+            )
+        unseen = [error for link in links for error in link.unseen()]
+        if unseen:
+            _, raise_it = min(unseen, key=lambda error: error[0])
+            raise_it()
+
+    @property
+    def messages(self) -> int:
+        """Number of commands submitted to the workers so far."""
+        return sum(worker.link.submitted for worker in self._workers.values())
+
+    # ---- the end
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """End all workers without waiting for their work. Idempotent; never raises."""
+        with self._lock:
+            if self._closed or self._owner != os.getpid():
+                return
+            self._closed = True
+            _open.discard(self)
+            self._supervisor.end([worker.link for worker in self._workers.values()])
+            self._supervisor.close()
+
+    def __enter__(self) -> "Cluster":
+        """The cluster itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for submitted work and raise errors nobody saw, unless the body raised; close."""
+        try:
+            if kind is None and not self._closed:
+                self.wait()
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        """The names."""
+        state = "closed" if self._closed else self.transport
+        return f"<Cluster {', '.join(self._workers)} ({state})>"
+
+
+def _names(workers: int | Iterable[str] | None) -> list[str]:
+    if workers is None:
+        workers = usable_cores()
+    if isinstance(workers, bool):
+        raise ValueError("workers must be a number or names, not a bool")
+    if isinstance(workers, int):
+        if workers < 1:
+            raise ValueError(f"a cluster needs at least one worker, not {workers}")
+        return [f"worker-{number}" for number in range(workers)]
+    if isinstance(workers, str):
+        raise ValueError(f"workers must be a list of names: [{workers!r}]")
+    names = list(workers)
+    if not names:
+        raise ValueError("a cluster needs at least one worker: the list of names is empty")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a worker's name is a text that is not empty, not {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"the name {name!r} is given twice; every worker needs its own")
+    return names
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or value <= 0):
+            raise ValueError(f"{name} must be positive, not {value!r}")
+
+
+def _close_all() -> None:
+    for cluster in list(_open):
+        cluster.close()
+
+
+def _forget_in_child() -> None:
+    for cluster in list(_open):
+        for worker in cluster._workers.values():
+            worker.link.abandon()
+    _open.clear()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,141 @@
+"""Starting and ending workers. Runs in the parent."""
+
+import itertools
+import os
+import socket
+import time
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from fedproc.errors import FedprocError, WorkerStartError
+from fedproc.memory.arena import Arena, Mapped
+from fedproc.remote.hub import Hub
+from fedproc.remote.link import Link, plain
+from fedproc.remote.site import Site
+from fedproc.remote.worker import Worker
+from fedproc.transport.base import Transport, WorkerSpec
+from fedproc.transport.inline import InlineTransport
+from fedproc.transport.process import ProcessTransport
+from fedproc.wire import commands
+
+STOP_SECONDS = 2.0
+"""How long a worker that was asked to stop may take, and again after SIGKILL."""
+
+
+def make_transport(kind: str, preload: tuple[str, ...], timeout: float) -> Transport:
+    """The transport of that name.
+
+    Raises:
+        ValueError: there is no such transport.
+        WorkerStartError: the zygote could not be started.
+    """
+    if kind == "process":
+        return ProcessTransport(preload, timeout)
+    if kind == "inline":
+        for module in preload:
+            _import(module)
+        return InlineTransport()
+    raise ValueError(f'transport must be "process" or "inline", not {kind!r}')
+
+
+def _import(module: str) -> None:
+    try:
+        __import__(module)
+    except Exception as error:
+        raise WorkerStartError(
+            f"preload: module {module!r} could not be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores or 1, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores or 1)
+
+
+class Supervisor:
+    """Starts the workers of one cluster and ends them."""
+
+    def __init__(self, transport: Transport, timeout: float) -> None:
+        """``timeout``: seconds a worker may take to start."""
+        self.hub = Hub()
+        self.arena = Arena("parent")
+        self._transport = transport
+        self._timeout = timeout
+        self._numbers = itertools.count(1)
+        self._sync = os.environ.get("FEDPROC_SYNC", "") not in ("", "0")
+
+    def start(self, specs: Sequence[WorkerSpec]) -> list[Worker]:
+        """Start workers side by side and wait until all serve.
+
+        Raises:
+            WorkerStartError: one could not be started; the others are ended.
+        """
+        links: list[Link] = []
+        try:
+            for spec in specs:
+                connection = self._transport.start(spec, self.arena.fd, self.arena.size_bytes)
+                links.append(Link(spec.name, connection, self.hub, self.arena, self._numbers))
+                self.hub.add(links[-1])
+            deadline = time.monotonic() + self._timeout
+            for link in links:
+                self._greet(link, deadline)
+        except BaseException:
+            self.end(links)
+            raise
+        return [
+            Worker(link, torch.device(spec.device)) for link, spec in zip(links, specs, strict=True)
+        ]
+
+    def _greet(self, link: Link, deadline: float) -> None:
+        left = max(0.0, deadline - time.monotonic())
+        if not self.hub.wait_until(link.greeted, left):
+            raise WorkerStartError(
+                f"worker {link.name!r} did not answer within {self._timeout:g} s of its start. "
+                "Raise start_timeout, or look at what it printed."
+            )
+        try:
+            size = link.greeting()
+        except FedprocError as error:
+            raise WorkerStartError(f"worker {link.name!r} could not start: {error}") from error
+        link.side.settimeout(STOP_SECONDS)
+        _, received, _, _ = socket.recv_fds(link.side, 1, 1)
+        link.side.settimeout(None)
+        link.mapped = Mapped(received[0], size)
+        os.close(received[0])
+        # Inline workers share the parent's random generators: see link.LOCKSTEP_SECONDS.
+        link.lockstep = None if self._sync else link.usual_lockstep(inline=self._transport.inline)
+
+    def end(self, links: Sequence[Link]) -> None:
+        """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""
+        for link in links:
+            if link.end is None:
+                self.hub.look()
+            if link.end is None and not link.pending():
+                try:
+                    link.submit(plain(commands.Stop(), "stop"), Site.nowhere(), urgent=True)
+                except FedprocError:  # it died this moment
+                    continue
+            else:
+                link.process.kill()
+        for link in links:
+            if link.process.wait(STOP_SECONDS) is None:
+                link.process.kill()
+                link.process.wait(STOP_SECONDS)
+            link.close()
+            self.hub.remove(link)
+
+    def close(self) -> None:
+        """Let go of the rest."""
+        self.hub.close()
+        self.arena.close()
+        self._transport.close()

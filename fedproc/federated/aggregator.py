@@ -1,0 +1,314 @@
+"""The aggregator: rounds of federated learning on a cluster, and one model that gets better.
+
+Runs in the parent. Keeps what lasts from round to round: the model, the strategy's state, what
+clients keep, the history. A round is computed elsewhere and committed here as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedproc.client.layout import Layout
+from fedproc.client.ranges import require_at_least, require_seed
+from fedproc.errors import QuorumError
+from fedproc.events import RoundFinished, RoundStarted, Sink, ignore
+from fedproc.federated import checkpoint, evaluation
+from fedproc.federated.crew import Crew
+from fedproc.federated.evaluation import EvaluationRows
+from fedproc.federated.history import History, RoundRecord
+from fedproc.federated.round import Outcome, Rules, Start, play
+from fedproc.federated.sampling import cohort_size, draw_cohort
+from fedproc.federated.strategies import FedAvg, State, Strategy
+from fedproc.federated.validation import require_choices, require_parts
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor, nn
+
+    from fedproc.client.training import LocalTraining, Loss, TrainFunction
+    from fedproc.federated.data import FederatedDataset
+    from fedproc.federated.evaluation import Metric
+    from fedproc.federated.history import Evaluation
+
+Callback = Callable[["Aggregator", RoundRecord], Any]
+Weighting = Literal["examples", "uniform"]
+
+
+class Aggregator:
+    """Trains one model on the data of many clients.
+
+    Attributes:
+        model: The averaged model: one object for life, updated in place after every whole round.
+        data: The clients.
+        local: What a client does.
+        strategy: The server rule.
+        history: Records of all rounds so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: FederatedDataset,
+        local: LocalTraining | TrainFunction,
+        *,
+        strategy: Strategy = FedAvg(),  # noqa: B008 - immutable
+        clients_per_round: float = 1.0,
+        weighting: Weighting = "examples",
+        seed: int = 0,
+        min_clients: int = 1,
+        retries: int = 1,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Checks everything and copies the model; the workers get it with the first round.
+
+        Args:
+            model: Where to start; it stays as it is.
+            data: The clients and their rows.
+            local: :class:`fedproc.LocalTraining`, or ``train(model, x, y, ctx) -> metrics``.
+            strategy: How updates become the next model.
+            clients_per_round: A fraction (float) or a number (int) of all clients.
+            weighting: ``"examples"``: by rows; ``"uniform"``: all alike.
+            seed: Decides every draw of cohorts and clients.
+            min_clients: Fewest accepted updates of a round.
+            retries: How often a client trains again whose worker was lost while it trained.
+            callbacks: Called as ``callback(aggregator, record)`` after every round; returning
+                True ends :meth:`run`.
+
+        Raises:
+            ValueError: A value is outside of its range, or the strategy cannot work with the
+                others.
+        """
+        require_parts(model, data, local, strategy)
+        require_choices(weighting, callbacks)
+        self._cohort_size = cohort_size(clients_per_round, len(data.clients))
+        if require_at_least("min_clients", min_clients, 1) > self._cohort_size:
+            raise ValueError(
+                f"min_clients={min_clients}, but a round draws {self._cohort_size} clients"
+            )
+        strategy.check(local, self._cohort_size)
+        self.data, self.local, self.strategy = data, local, strategy
+        self._layout = Layout.of(model)
+        self.model = copy.deepcopy(model)
+        self._rules = Rules(
+            strategy=strategy,
+            weigh=float if weighting == "examples" else _one,
+            seed=require_seed(seed),
+            min_clients=min_clients,
+            retries=require_at_least("retries", retries, 0),
+        )
+        self._callbacks = tuple(callbacks)
+        self._crew = Crew(data, self.model, local, strategy.local_rule())
+        self._frozen = self._frozen_versions()
+        self._round = 0
+        self._state: State = strategy.initial(self._layout.flat_trained(self._block()))
+        self._kept: dict[str, dict[str, Any]] = {}
+        self.history = History()
+
+    def run(
+        self,
+        rounds: int,
+        *,
+        evaluate_on: object = None,
+        evaluate_every: int = 1,
+        progress: bool | None = None,
+    ) -> History:
+        """Plays rounds; called again, it continues.
+
+        Args:
+            rounds: How many to play.
+            evaluate_on: Rows to evaluate the model on, a pair (x, y) or a dataset; None does not.
+            evaluate_every: Evaluate after rounds whose number is a multiple of this.
+            progress: Show a bar on standard error; None shows it on a terminal.
+
+        Returns:
+            The whole history.
+
+        Raises:
+            QuorumError: A round failed; the model is as it was before that round.
+            ValueError: A value is outside of its range.
+        """
+        require_at_least("rounds", rounds, 0)
+        require_at_least("evaluate_every", evaluate_every, 1)
+        rows = None if evaluate_on is None else EvaluationRows(evaluate_on)
+        last = self._round + rounds
+        bar = _progress_bar() if (sys.stderr.isatty() if progress is None else progress) else None
+        try:
+            while self._round < last:
+                due = rows if (self._round + 1) % evaluate_every == 0 else None
+                record = self._play(due, bar or ignore, last)
+                if self._stopped_by(record):
+                    break
+        finally:
+            if bar is not None:
+                bar.close()
+        return self.history
+
+    def run_round(self) -> RoundRecord:
+        """Plays one round without an evaluation.
+
+        Raises:
+            QuorumError: Too few clients finished; the model is unchanged.
+        """
+        record = self._play(None, ignore, self._round + 1)
+        self._stopped_by(record)
+        return record
+
+    def evaluate(
+        self,
+        data: object,
+        loss: Loss | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> Evaluation:
+        """Evaluates the model on rows, in eval mode without gradients, on all workers.
+
+        Args:
+            data: A pair (x, y) of tensors or arrays, or a map-style dataset.
+            loss: ``loss(outputs, targets)`` -> mean over the rows; by default LocalTraining's.
+            metrics: Name -> ``metric(outputs, targets)``, called here once with all rows.
+
+        Raises:
+            RemoteError: The model or the loss failed.
+            ValueError: There are no rows.
+        """
+        self._refresh()
+        return evaluation.evaluate(self._crew, self._block(), EvaluationRows(data), loss, metrics)
+
+    def evaluate_clients(self) -> dict[str, Evaluation]:
+        """Evaluates the model on every client's own rows, where they are.
+
+        Returns:
+            Client -> evaluation; loss and accuracy of a client without rows are None.
+        """
+        self._refresh()
+        return evaluation.evaluate_clients(self._crew, self._block())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint; an older file is replaced as a whole, or stays as it is.
+
+        Raises:
+            TypeError: A client keeps something that cannot be saved.
+        """
+        saved = checkpoint.Saved(self._round, self._state, self._kept, self.history)
+        checkpoint.save(path, self.model, self._identity(), saved)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        data: FederatedDataset,
+        local: LocalTraining | TrainFunction,
+        **keywords: Any,
+    ) -> Aggregator:
+        """Continues from a checkpoint, on any number of workers, with the same bits.
+
+        Args:
+            path: What :meth:`save` wrote.
+            model: Gives the architecture; its values are ignored, and it stays as it is.
+            data: As at construction.
+            local: As at construction.
+            **keywords: As at construction.
+
+        Raises:
+            CheckpointError: The file is damaged.
+            ValueError: It is of another model, strategy, seed, or of other clients.
+        """
+        aggregator = cls(model, data, local, **keywords)
+        saved = checkpoint.load(path, aggregator.model, aggregator._identity())
+        aggregator._round, aggregator._state = saved.round, saved.state
+        aggregator._kept, aggregator.history = dict(saved.kept), saved.history
+        return aggregator
+
+    def _play(self, rows: EvaluationRows | None, sink: Sink, last: int) -> RoundRecord:
+        started, sent = time.perf_counter(), message_bytes(self.data)
+        self._refresh()
+        self._round += 1
+        size, seed = self._cohort_size, self._rules.seed
+        cohort = draw_cohort(self.data.clients, size, seed, self._round)
+        sink(RoundStarted(self._round, last, len(cohort)))
+        start = Start(self._round, cohort, self._block(), self._state, self._kept)
+        try:
+            outcome = play(self._crew, self._layout, self._rules, start, sink)
+        except QuorumError:
+            self._crew.dismiss()  # a trainer that could not be made must not stay
+            raise
+        self._commit(outcome, start.block)
+        record = outcome.record(
+            start,
+            seconds=time.perf_counter() - started,
+            message_bytes=_since(sent, message_bytes(self.data)),
+        )
+        self.history.append(record)
+        if rows is not None:
+            found = evaluation.evaluate(self._crew, self._block(), rows, None, None)
+            record = replace(record, evaluation=found)
+            self.history.replace_last(record)
+        accuracy = record.evaluation.accuracy if record.evaluation else None
+        sink(RoundFinished(record.round, record.loss, accuracy))
+        return record
+
+    def _commit(self, outcome: Outcome, before: Tensor) -> None:
+        tensors = self._layout.tensors(self.model)
+        try:
+            self._layout.unpack(outcome.block, tensors)
+        except BaseException:  # an interrupt must not leave half of a round in the model
+            self._layout.unpack(before, tensors)
+            raise
+        self._state = outcome.state
+        self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
+
+    def _block(self) -> Tensor:
+        """Returns the model as it is now, in flat form."""
+        return self._layout.pack(self._layout.tensors(self.model), self._layout.new_block())
+
+    def _refresh(self) -> None:
+        """Notices what the user did to the model since the last round.
+
+        Raises:
+            ValueError: Other parameters are trained now than at construction.
+        """
+        if Layout.of(self.model) != self._layout:
+            raise ValueError(
+                "parameters of aggregator.model were replaced, frozen or unfrozen since the "
+                "aggregator was made; make a new one from the changed model"
+            )
+        versions = self._frozen_versions()
+        if versions != self._frozen:
+            self._frozen = versions
+            self._crew.dismiss()
+
+    def _frozen_versions(self) -> list[int]:
+        """Counts changes in place of the parameters that travel only with a new trainer."""
+        return [p._version for p in self.model.parameters() if not p.requires_grad]
+
+    def _stopped_by(self, record: RoundRecord) -> bool:
+        answers = [callback(self, record) for callback in self._callbacks]
+        return any(answer is True for answer in answers)
+
+    def _identity(self) -> checkpoint.Identity:
+        return checkpoint.Identity(self.data.clients, self._rules.seed, self.strategy)
+
+
+def _progress_bar() -> Any:
+    # By name: the bar listens to events and knows nothing of rounds, nor they of it.
+    return importlib.import_module("fedproc.progress").ProgressBar()
+
+
+def message_bytes(data: FederatedDataset) -> int | None:
+    """Counts the bytes that went through the pipes so far; None if the cluster does not count."""
+    return getattr(data.cluster, "message_bytes", None)
+
+
+def _since(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
+    return 1.0

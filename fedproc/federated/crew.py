@@ -1,0 +1,108 @@
+"""The trainers of an aggregator: one object in each worker, made when first needed.
+
+Runs in the parent. Knows which worker trains which client and makes trainers again when a worker
+was lost or holds other rows than before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedproc.client.trainer import Trainer, Work
+from fedproc.errors import WorkerLostError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedproc.client.rules import LocalRule
+    from fedproc.client.training import LocalTraining, TrainFunction
+    from fedproc.cluster.cluster import Cluster
+    from fedproc.remote.worker import Worker
+    from fedproc.federated.data import FederatedDataset
+    from fedproc.federated.holding import Holding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    """A trainer, and what it was made from."""
+
+    trainer: Any
+    worker: Worker
+    holding: Holding | None
+
+
+class Crew:
+    """Trainers by worker name."""
+
+    def __init__(
+        self,
+        data: FederatedDataset,
+        model: nn.Module,
+        local: LocalTraining | TrainFunction,
+        rule: LocalRule | None,
+    ) -> None:
+        """Keeps what trainers are made from; starts nothing.
+
+        Args:
+            data: The clients and where they are.
+            model: Architecture and frozen values.
+            local: What a client does.
+            rule: The gradient correction of the strategy, or None.
+        """
+        self.data = data
+        self._model = model
+        self._local = local
+        self._rule = rule
+        self._members: dict[str, _Member] = {}
+
+    def home(self, client: str) -> str:
+        """Returns the name of the worker that trains ``client``."""
+        name: str = self.data.worker_of(client).name
+        return name
+
+    def alive(self) -> list[str]:
+        """Lists the workers that can work.
+
+        Raises:
+            WorkerLostError: There is none.
+        """
+        names = [worker.name for worker in self.data.cluster.workers if worker.alive]
+        if not names:
+            raise WorkerLostError("no worker of the cluster is alive")
+        return names
+
+    def worker(self, name: str) -> Worker:
+        """Returns the worker of that name, as the cluster has it now."""
+        return self.data.cluster[name]
+
+    def trainer(self, name: str) -> Any:
+        """Returns the pointer to the trainer of a worker."""
+        worker = self.data.cluster[name]
+        holding = self.data.holdings().get(name)
+        member = self._members.get(name)
+        if member is None or member.worker is not worker or member.holding is not holding:
+            member = _Member(self._make(worker, holding), worker, holding)
+            self._members[name] = member
+        return member.trainer
+
+    def dismiss(self) -> None:
+        """Forgets all trainers, so that the next ones are made from the model as it is then."""
+        self._members.clear()
+
+    def _make(self, worker: Worker, holding: Holding | None) -> Any:
+        threads = training_threads(self.data.cluster)
+        work = Work(self._local, self._rule, threads, str(worker.device))
+        blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
+        spans = holding.spans() if holding else {}
+        # sent one by one: a call does not mix tensors from here with pointers
+        return worker.run(Trainer, worker.send(self._model), worker.send(work), blocks, spans)
+
+
+def training_threads(cluster: Cluster) -> int | None:
+    """Returns how many torch threads train a client: one unless the cluster was told a number.
+
+    The number of threads decides the bits of a sum, so it must not depend on how many workers
+    share the cores.
+    """
+    return 1 if cluster.threads is None else cluster.threads

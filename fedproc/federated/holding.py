@@ -1,0 +1,160 @@
+"""Where the rows of clients come from, and the copies of them that workers hold.
+
+Runs in the parent. A source can be put on a worker again and again, so a lost worker's clients
+come back elsewhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedproc.client.trainer import Span
+from fedproc.federated.rows import as_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from fedproc.remote.worker import Worker
+
+Factory = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsSource:
+    """Rows of tensors in the parent: all of them, or those of ``indices`` in that order."""
+
+    x: Tensor
+    y: Tensor
+    indices: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.x) if self.indices is None else len(self.indices)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Returns inputs and targets."""
+        if self.indices is None:
+            return self.x, self.y
+        index = torch.from_numpy(self.indices)
+        return self.x.index_select(0, index), self.y.index_select(0, index)
+
+    def signature(self) -> tuple[object, ...]:
+        """Returns what rows must share to lie in one block."""
+        return self.x.dtype, self.x.shape[1:], self.y.dtype, self.y.shape[1:]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorySource:
+    """Rows that a function makes in the worker."""
+
+    make: Factory
+
+
+Source = RowsSource | FactorySource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Rows of one or more clients on one worker, side by side.
+
+    Attributes:
+        x: Pointer to the inputs (rows, ...).
+        y: Pointer to the targets (rows, ...).
+        spans: Client -> its rows, from start to stop.
+    """
+
+    x: Any
+    y: Any
+    spans: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holding:
+    """All rows that one worker holds; a change makes a new object."""
+
+    worker: Worker
+    blocks: tuple[Block, ...]
+
+    def spans(self) -> dict[str, Span]:
+        """Maps the clients to their rows, as a trainer wants it."""
+        return {
+            client: Span(place, start, stop)
+            for place, block in enumerate(self.blocks)
+            for client, (start, stop) in block.spans.items()
+        }
+
+
+def hold(worker: Worker, sources: Mapping[str, Source], *, private: bool) -> list[Block]:
+    """Puts the rows of clients on a worker: one block where they fit together."""
+    groups: dict[tuple[object, ...], dict[str, RowsSource]] = {}
+    born = {}
+    for client, source in sources.items():
+        if isinstance(source, RowsSource):
+            groups.setdefault(source.signature(), {})[client] = source
+        else:
+            # all factories start before the first one is waited for
+            born[client] = worker.run(born_rows, source.make, private=private)
+    blocks = [_send_block(worker, group, private=private) for group in groups.values()]
+    for client, pair in born.items():
+        rows = worker.run(_length, pair)
+        x, y = (worker.run(operator.getitem, pair, side) for side in (0, 1))
+        blocks.append(Block(x, y, {client: (0, int(rows.get()))}))
+    return blocks
+
+
+def _send_block(worker: Worker, group: Mapping[str, RowsSource], *, private: bool) -> Block:
+    pieces = [source.rows() for source in group.values()]
+    x = torch.cat([piece[0] for piece in pieces])
+    y = torch.cat([piece[1] for piece in pieces])
+    spans, end = {}, 0
+    for client, source in group.items():
+        spans[client] = (end, end + len(source))
+        end += len(source)
+    return Block(worker.send(x, private=private), worker.send(y, private=private), spans)
+
+
+def born_rows(make: Factory) -> tuple[Tensor, Tensor]:
+    """Runs a factory; runs in the worker."""
+    return as_rows(make())
+
+
+def _length(pair: tuple[Tensor, Tensor]) -> int:
+    return len(pair[0])
+
+
+def deal(
+    sizes: Mapping[str, int], workers: Sequence[str], loads: Mapping[str, int]
+) -> dict[str, str]:
+    """Gives clients to workers, longest first, each to the one with the fewest rows.
+
+    Args:
+        sizes: Client -> rows; a client named as a worker goes there.
+        workers: Names to choose from, earlier ones first at equal load.
+        loads: Worker -> rows that it holds already.
+
+    Returns:
+        Client -> worker name.
+    """
+    homes = {client: client for client in sizes if client in workers}
+    rows = {name: loads.get(name, 0) for name in workers}
+    for client in homes:
+        rows[client] += sizes[client]
+    queue = [(load, place) for place, load in enumerate(rows.values())]
+    heapq.heapify(queue)
+    for client, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if client not in homes:
+            load, place = heapq.heappop(queue)
+            homes[client] = workers[place]
+            # an empty client counts a little, so that thousands of them spread as well
+            heapq.heappush(queue, (load + max(size, 1), place))
+    return homes

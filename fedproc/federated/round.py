@@ -1,0 +1,236 @@
+"""One round, from the cohort to the new model: reads like the paper, changes nothing.
+
+Runs in the parent. The result is a value; the aggregator commits it as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedproc.client.update import Task, Update
+from fedproc.errors import QuorumError
+from fedproc.events import ClientFinished
+from fedproc.federated.collecting import Broadcast, Collector
+from fedproc.federated.evaluation import exact_sum
+from fedproc.federated.fold import Fold, Received
+from fedproc.federated.history import RoundRecord, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedproc.client.layout import Layout
+    from fedproc.events import Sink
+    from fedproc.federated.crew import Crew
+    from fedproc.federated.strategies.contract import State, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What does not change from round to round.
+
+    Attributes:
+        strategy: The server rule.
+        weigh: Rows of a client -> its weight.
+        seed: Seed of the run.
+        min_clients: Fewest accepted updates.
+        retries: See :class:`fedproc.federated.collecting.Collector`.
+    """
+
+    strategy: Strategy
+    weigh: Callable[[int], float]
+    seed: int
+    min_clients: int
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a round starts from.
+
+    Attributes:
+        number: Number of the round, from 1.
+        cohort: The clients that were drawn, in the order of all clients.
+        block: The global model in flat form.
+        state: State of the strategy.
+        kept: Client -> what it keeps between rounds.
+    """
+
+    number: int
+    cohort: tuple[str, ...]
+    block: Tensor
+    state: State
+    kept: Mapping[str, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Numbers of the accepted updates, without their tensors, in cohort order."""
+
+    updates: dict[str, Update] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)
+    failures: dict[str, BaseException] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round made.
+
+    Attributes:
+        block: The new model in flat form.
+        state: New state of the strategy.
+        kept: Accepted client -> what it keeps now.
+        accepted: Clients whose updates count.
+        skipped: Drawn clients without rows.
+        failures: Client -> why its update does not count.
+        loss: Mean training loss.
+        metrics: Weighted means of the returned numbers.
+        examples: Rows of the accepted clients.
+        bytes_moved: Model down and updates up.
+    """
+
+    block: Tensor
+    state: State
+    kept: Mapping[str, dict[str, Any]]
+    accepted: tuple[str, ...]
+    skipped: tuple[str, ...]
+    failures: Mapping[str, BaseException]
+    loss: float | None
+    metrics: Mapping[str, float]
+    examples: int
+    bytes_moved: int
+
+    def record(self, start: Start, *, seconds: float, message_bytes: int | None) -> RoundRecord:
+        """Makes the record of the round, without an evaluation."""
+        return RoundRecord(
+            round=start.number,
+            clients=start.cohort,
+            failures=self.failures,
+            loss=self.loss,
+            metrics=self.metrics,
+            seconds=seconds,
+            bytes_moved=self.bytes_moved,
+            message_bytes=message_bytes,
+            accepted=self.accepted,
+            skipped=self.skipped,
+            examples=self.examples,
+        )
+
+
+def play(crew: Crew, layout: Layout, rules: Rules, start: Start, sink: Sink) -> Outcome:
+    """Plays one round.
+
+    Raises:
+        QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
+    """
+    sizes = crew.data.sizes
+    skipped = tuple(client for client in start.cohort if not sizes[client])
+    tasks = {
+        client: Task(client, start.number, rules.seed, start.kept.get(client, {}))
+        for client in start.cohort
+        if sizes[client]
+    }
+    shared = rules.strategy.shared(start.state)
+    fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
+    collector = Collector(crew, Broadcast(start.block, shared), tasks, retries=rules.retries)
+    tally = _Tally()
+    for client, result in collector.updates():
+        _take(client, result, rules, fold, tally)
+        sink(ClientFinished(start.number, client, client in tally.failures))
+    _require_quorum(start, tally, rules.min_clients)
+    new, state = _apply(layout, rules, start, fold, tally, len(crew.data.clients))
+    trained_bytes = sum(s.numel * s.dtype.itemsize for s in layout.of_kind("trained"))
+    payload_bytes = layout.payload_bytes + len(shared) * trained_bytes
+    return Outcome(
+        block=new,
+        state=state,
+        kept={client: update.state for client, update in tally.updates.items()},
+        accepted=tuple(tally.updates),
+        skipped=skipped,
+        failures=tally.failures,
+        loss=_loss(tally),
+        metrics=_metrics(tally),
+        examples=sum(update.examples for update in tally.updates.values()),
+        bytes_moved=(len(tasks) + len(tally.updates)) * payload_bytes,
+    )
+
+
+def _take(
+    client: str, result: Update | BaseException, rules: Rules, fold: Fold, tally: _Tally
+) -> None:
+    """Folds an update, or notes why it does not count."""
+    if isinstance(result, BaseException):
+        tally.failures[client] = result
+        return
+    weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
+    first = next(iter(tally.updates.values()), result)
+    try:
+        mean_weight = rules.strategy.mean_weight(weight, result, first)
+    except ValueError as error:  # the strategy cannot use this update; the others count
+        tally.failures[client] = error
+        return
+    fold.add(result.block, weight, mean_weight)
+    tally.weights.append(weight)
+    tally.updates[client] = result.without_block()
+
+
+def _apply(
+    layout: Layout, rules: Rules, start: Start, fold: Fold, tally: _Tally, population: int
+) -> tuple[Tensor, State]:
+    mean, rows = fold.trained()
+    received = Received(
+        mean=mean,
+        rows=rows,
+        weights=tuple(tally.weights),
+        step_norms=tuple(update.step_norm for update in tally.updates.values()),
+        non_finite=sum(isinstance(e, FloatingPointError) for e in tally.failures.values()),
+    )
+    x = layout.flat_trained(start.block)
+    try:
+        new, state = rules.strategy.step(x, received, start.state)
+    except QuorumError as error:
+        message = f"round {start.number}: {error}{_causes(tally.failures)}"
+        raise QuorumError(message, failures=tally.failures) from error
+    kept = {client: update.state for client, update in tally.updates.items()}
+    return fold.write(new), rules.strategy.after(state, start.kept, kept, population)
+
+
+def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:
+    accepted = len(tally.updates)
+    if accepted >= min_clients:
+        return
+    message = (
+        f"round {start.number}: {accepted} of {len(start.cohort)} clients finished, "
+        f"{min_clients} are needed; the model is unchanged{_causes(tally.failures)}"
+    )
+    raise QuorumError(message, failures=tally.failures)
+
+
+def _causes(failures: Mapping[str, BaseException]) -> str:
+    shown = [f"\n  {client}: {describe(error)}" for client, error in list(failures.items())[:10]]
+    more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
+    return "".join(shown) + more
+
+
+def _loss(tally: _Tally) -> float | None:
+    """Mean loss over all rows processed; a custom function's own numbers otherwise."""
+    rows = sum(update.rows for update in tally.updates.values())
+    if rows:
+        return exact_sum([update.loss_sum for update in tally.updates.values()]) / rows
+    return _metrics(tally).get("loss")
+
+
+def _metrics(tally: _Tally) -> dict[str, float]:
+    """Weighted means; a number that only some clients returned is averaged over those."""
+    names = dict.fromkeys(name for update in tally.updates.values() for name in update.metrics)
+    found = {}
+    for name in names:
+        pairs = [
+            (weight, update.metrics[name])
+            for weight, update in zip(tally.weights, tally.updates.values(), strict=True)
+            if name in update.metrics
+        ]
+        total = exact_sum([weight for weight, _ in pairs])
+        found[name] = exact_sum([weight * value for weight, value in pairs]) / total
+    return found

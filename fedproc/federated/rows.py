@@ -1,0 +1,92 @@
+"""What users have as data, as two tensors: inputs and targets, one row each.
+
+Runs in the parent, and in workers for the results of factories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class MapDataset(Protocol):
+    """A map-style dataset: ``dataset[i]`` for i from 0 to ``len(dataset)`` - 1."""
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Returns a pair (x, y), or a mapping of two values in that order."""
+
+
+def as_rows(data: object) -> tuple[Tensor, Tensor]:
+    """Turns data into inputs (rows, ...) and targets (rows, ...).
+
+    Args:
+        data: A pair of tensors or arrays, or a map-style dataset of pairs.
+
+    Returns:
+        Two detached CPU tensors; tensors and arrays are shared with the caller where possible.
+
+    Raises:
+        ValueError: Not such data, or inputs and targets of unlike length.
+    """
+    if isinstance(data, (tuple, list)):
+        if len(data) != 2:
+            raise ValueError(f"data must be a pair (x, y), got {len(data)} parts")
+        x, y = (_as_tensor(part) for part in data)
+    elif isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
+        x, y = (tensor.detach().cpu() for tensor in data.tensors)
+    elif isinstance(data, MapDataset) and not isinstance(data, (Mapping, Tensor, np.ndarray)):
+        x, y = _stacked(data)
+    else:
+        raise ValueError(
+            "data must be a pair (x, y) of tensors or arrays, or a map-style dataset of such "
+            f"pairs, got {type(data).__name__}"
+        )
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise ValueError(
+            "inputs and targets must have one row each per example, got shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    return x, y
+
+
+def _as_tensor(part: object) -> Tensor:
+    if isinstance(part, Tensor):
+        return part.detach().cpu()
+    array = np.asarray(part)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"inputs and targets must be numbers, got an array of {array.dtype}")
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    # torch shares only memory that it may write to and that runs forward
+    usable = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+    return torch.from_numpy(native if usable else native.copy())
+
+
+def _stacked(dataset: MapDataset) -> tuple[Tensor, Tensor]:
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows")
+    pairs = [_pair(dataset[index], index) for index in range(len(dataset))]
+    try:
+        return _stack([x for x, _ in pairs]), _stack([y for _, y in pairs])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the rows of the dataset do not all have one shape: {error}") from error
+
+
+def _pair(row: object, index: int) -> Sequence[Any]:
+    values = list(row.values()) if isinstance(row, Mapping) else row
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        raise ValueError(f"row {index} of the dataset is not a pair (x, y): {type(row).__name__}")
+    return values
+
+
+def _stack(values: Sequence[Any]) -> Tensor:
+    if isinstance(values[0], Tensor):
+        return torch.stack([value.detach().cpu() for value in values])
+    return _as_tensor(np.stack([np.asarray(value) for value in values]))

@@ -1,0 +1,72 @@
+"""FedAvg and server momentum. Runs in the parent.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", 2017.
+Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+Classification", 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedproc.client.ranges import require_fraction, require_positive
+from fedproc.federated.strategies.contract import (
+    State,
+    Strategy,
+    mean_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedproc.federated.fold import Received
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvg(Strategy):
+    """The weighted mean of the updates: x <- x + lr (mean - x); lr = 1 is exactly the mean.
+
+    Attributes:
+        lr: Server learning rate.
+    """
+
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the rate."""
+        require_positive("lr", self.lr)
+
+    def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
+        """Moves to the mean."""
+        mean = mean_of(received)
+        return (mean if self.lr == 1 else x + self.lr * (mean - x)), state
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvgM(Strategy):
+    """Server momentum: v <- momentum v + (mean - x); x <- x + lr v.
+
+    Attributes:
+        lr: Server learning rate.
+        momentum: Part of the last step that is kept, 0 to below 1; there is no (1 - momentum).
+    """
+
+    lr: float = 1.0
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Checks both values."""
+        require_positive("lr", self.lr)
+        require_fraction("momentum", self.momentum)
+
+    def initial(self, x: Tensor) -> State:
+        """Starts at rest."""
+        return {"v": torch.zeros_like(x)}
+
+    def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
+        """Takes one step with momentum."""
+        v = self.momentum * state["v"] + (mean_of(received) - x)
+        return x + self.lr * v, {"v": v}

@@ -1,0 +1,46 @@
+"""Checks of arguments, at construction, with errors that say what would be right.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedproc.client.training import LocalTraining
+from fedproc.federated.data import FederatedDataset
+from fedproc.federated.strategies import Strategy
+
+
+def require_parts(model: object, data: object, local: object, strategy: object) -> None:
+    """Raises ValueError unless these can be the parts of an aggregator."""
+    if not isinstance(model, nn.Module):
+        message = f"model must be a local torch.nn.Module, got {type(model).__name__}"
+    elif not isinstance(data, FederatedDataset):
+        message = (
+            f"data must be a FederatedDataset, see fedproc.federate; got {type(data).__name__}"
+        )
+    elif not isinstance(local, LocalTraining) and (not callable(local) or isinstance(local, type)):
+        message = (
+            f"local must be LocalTraining(…) or a function train(model, x, y, ctx), got {local!r}"
+        )
+    elif not isinstance(strategy, Strategy):
+        message = (
+            f"strategy must be an object of fedproc.strategies, such as FedAvg(), got {strategy!r}"
+        )
+    else:
+        return
+    raise ValueError(message)
+
+
+def require_choices(weighting: object, callbacks: Sequence[object]) -> None:
+    """Raises ValueError for an unknown weighting or a callback that cannot be called."""
+    if weighting not in ("examples", "uniform"):
+        raise ValueError(f"weighting must be 'examples' or 'uniform', got {weighting!r}")
+    for callback in callbacks:
+        if not callable(callback):
+            raise ValueError(
+                f"a callback must be callable as (aggregator, record), got {callback!r}"
+            )

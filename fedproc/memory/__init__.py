@@ -1,0 +1,1 @@
+"""Shared memory: the arena of a process, and the tensors in it. Used by parent and workers."""

@@ -1,0 +1,218 @@
+"""Tensors in messages: taken out of the pickle stream, their bytes through shared memory.
+
+Runs in parent and worker. A message refers to a tensor by its place in a table; the table refers
+to *storages*, so that tensors which share memory (tied weights, views sent together) share it on
+the other side too. A storage travels inline when it is small, else as a block of the sender's
+arena, which the receiver copies.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedproc.memory.arena import Arena, Block
+
+INLINE_BYTES = 16 * 1024
+"""Below this a storage travels in the message: cheaper than a block and its release."""
+
+Place = bytes | tuple[int, int]
+"""Where the bytes of a storage are: here, or at (offset, bytes) of the sender's arena."""
+
+
+class TensorSpec(NamedTuple):
+    """All of a tensor but its bytes. ``offset`` and ``stride`` count elements."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    requires_grad: bool
+    parameter: bool
+    grad: int  # place of the gradient in the table, -1: none
+
+
+Table = tuple[list[TensorSpec], list[Place]]
+
+
+class Exporter:
+    """Gives storages a place: inline, where they lie in the arena already, or in a new block."""
+
+    def __init__(self, arena: Arena, inline_bytes: int = INLINE_BYTES) -> None:
+        """``arena``: of this process; storages of ``inline_bytes`` and more go through it."""
+        self._arena = arena
+        self._inline_bytes = max(inline_bytes, 1)  # what has no bytes needs no block
+        self.blocks: list[Block] = []
+        self.held: list[torch.Tensor] = []
+
+    def __call__(self, source: torch.Tensor, stride: tuple[int, ...]) -> Place:
+        """Place the elements of ``source``, laid out with ``stride`` (dense, from element 0)."""
+        nbytes = source.numel() * source.element_size()
+        same_layout = source.stride() == stride
+        if nbytes < self._inline_bytes:
+            flat = source if same_layout else _laid_out(source, stride)
+            return ctypes.string_at(flat.data_ptr(), nbytes) if nbytes else b""
+        if same_layout:
+            offset = self._arena.offset_of(source.data_ptr())
+            if offset is not None:
+                self.held.append(source)
+                return offset, nbytes
+        block = self._arena.allocate(nbytes)
+        self.blocks.append(block)
+        target = torch.from_numpy(self._arena.write_view(block)).view(source.dtype)
+        target.as_strided(source.shape, stride).copy_(source)
+        return block.offset, nbytes
+
+    @property
+    def exported(self) -> bool:
+        """Whether the receiver will read this process's arena."""
+        return bool(self.blocks or self.held)
+
+    def release(self) -> None:
+        """The receiver has copied everything, or the message was not sent."""
+        for block in self.blocks:
+            self._arena.free(block)
+        self.blocks.clear()
+        self.held.clear()
+
+
+def _laid_out(source: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty_strided(source.shape, stride, dtype=source.dtype).copy_(source)
+
+
+class Packer:
+    """Collects the tensors of one message while it is pickled."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
+        self.cut_graph = False
+
+    def add(self, tensor: torch.Tensor) -> int | None:
+        """The persistent id of ``tensor``; None: let torch pickle it itself (sparse, quantised)."""
+        known = self._places.get(id(tensor))
+        if known is not None:
+            return -known
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            return None
+        place = self._places[id(tensor)] = len(self.tensors)
+        self.tensors.append(tensor)
+        if tensor.grad_fn is not None:
+            self.cut_graph = True
+        elif tensor.is_leaf and tensor.grad is not None:
+            self.add(tensor.grad)
+        return -place
+
+    def table(self, place: Callable[[torch.Tensor, tuple[int, ...]], Place]) -> Table:
+        """Specs and places of everything collected."""
+        plain = [_resolved(tensor) for tensor in self.tensors]
+        groups: dict[int, list[int]] = {}
+        for index, tensor in enumerate(plain):
+            pointer = tensor.untyped_storage().data_ptr()
+            groups.setdefault(pointer or -index, []).append(index)
+        specs: list[TensorSpec | None] = [None] * len(plain)
+        places: list[Place] = []
+        for members in groups.values():
+            shared = _covering([plain[index] for index in members])
+            if shared is None:
+                # alone in its storage: only its own elements travel
+                for index in members:
+                    stride = _dense_stride(plain[index])
+                    specs[index] = self._spec(index, len(places), stride, 0)
+                    places.append(place(plain[index], stride))
+                continue
+            start = shared.storage_offset()
+            for index in members:
+                tensor = plain[index]
+                offset = (
+                    tensor.storage_offset() * tensor.element_size() - start
+                ) // tensor.element_size()
+                specs[index] = self._spec(index, len(places), tensor.stride(), offset)
+            places.append(place(shared, (1,)))
+        return [spec for spec in specs if spec is not None], places
+
+    def _spec(self, index: int, storage: int, stride: tuple[int, ...], offset: int) -> TensorSpec:
+        tensor = self.tensors[index]
+        leaf = tensor.grad_fn is None
+        grad = tensor.grad if leaf else None
+        return TensorSpec(
+            storage,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(stride),
+            offset,
+            leaf and tensor.requires_grad,
+            isinstance(tensor, nn.Parameter),
+            -1 if grad is None else self._places.get(id(grad), -1),
+        )
+
+
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """Without autograd, and without lazy conjugation or negation: bytes that mean the values."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's own stride where its elements lie dense (channels last too), else contiguous."""
+    if tensor.is_contiguous():
+        return tensor.stride()
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def _covering(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Bytes (uint8, 1-d) of the storage range that several tensors share; None for one alone."""
+    if len(tensors) == 1 or any(tensor.numel() == 0 for tensor in tensors):
+        return None
+    first = min(t.storage_offset() * t.element_size() for t in tensors)
+    last = max(_end_bytes(t) for t in tensors)
+    largest = max(t.element_size() for t in tensors)
+    first -= first % largest
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
+    return whole[first:last]
+
+
+def _end_bytes(tensor: torch.Tensor) -> int:
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + reach + 1) * tensor.element_size()
+
+
+def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of a table.
+
+    Args:
+        table: what ``Packer.table`` made.
+        load: gives memory of the receiver's own with the bytes of a place, as uint8, 1-d.
+    """
+    specs, places = table
+    storages = [load(place) for place in places]
+    tensors: list[torch.Tensor] = []
+    for spec in specs:
+        tensor = torch.empty(0, dtype=spec.dtype)
+        tensor.set_(storages[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
+        if spec.parameter:
+            tensor = nn.Parameter(tensor, requires_grad=spec.requires_grad)
+        elif spec.requires_grad:
+            tensor.requires_grad_()
+        tensors.append(tensor)
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if spec.grad >= 0:
+            tensor.grad = tensors[spec.grad]
+    return tensors
+
+
+def read_place(place: Place, view: Callable[[Block], Any], target: torch.Tensor) -> torch.Tensor:
+    """Copy the bytes of ``place`` into ``target`` (uint8, 1-d, as long) and return it."""
+    if isinstance(place, bytes):
+        ctypes.memmove(target.data_ptr(), place, len(place))
+    else:
+        target.copy_(torch.from_numpy(view(Block(*place))))
+    return target
+
+
+def place_bytes(place: Place) -> int:
+    """How many bytes lie at a place."""
+    return len(place) if isinstance(place, bytes) else place[1]

@@ -1,0 +1,1 @@
+"""What a user of the parent process holds: pointers, and the links they talk through."""

@@ -1,0 +1,151 @@
+"""Running functions where the data is. Runs in the parent: operators, methods, torch functions.
+
+What comes back is known before the worker has answered: one tensor, a tuple of known length, the
+plain answer of a question (which waits), or something whose kind only the worker can tell.
+"""
+
+from typing import Any
+
+from fedproc.errors import PlacementError
+from fedproc.remote import reading
+from fedproc.remote.context import modes
+from fedproc.remote.encode import Outgoing, encode_call
+from fedproc.remote.handle import Handle, Owner
+from fedproc.remote.link import Link, plain
+from fedproc.remote.operations import (
+    REFUSED,
+    answers_plainly,
+    function_name,
+    is_pointer,
+    may_write,
+    result_type,
+    unknown_count,
+)
+from fedproc.remote.pointer import AnyPointer, Pointer, make, owned
+from fedproc.remote.site import caller
+from fedproc.wire import commands
+
+
+def run_there(
+    cls: type[AnyPointer],
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    what: str,
+    writes: bool = True,
+    operation: bool = False,
+    link: Link | None = None,
+    private: bool = False,
+    update: bool = False,
+) -> AnyPointer:
+    """Run ``function`` and keep the result; a pointer of class ``cls`` to it, at once."""
+    target, message = encode_call(
+        function, args, kwargs or {}, modes(), what=what, link=link, writes=writes,
+        operation=operation, private=private, update=update,
+    )  # fmt: skip
+    oid = target.submit(message, caller())
+    handle = Handle(target, oid)
+    target.note(handle)
+    return make(cls, handle, Owner(handle))
+
+
+def order(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    what: str,
+    operation: bool = False,
+) -> None:
+    """Run ``function`` for its effect; nothing is kept."""
+    link, message = encode_call(
+        function, args, kwargs, modes(), what=what, keep=False, operation=operation
+    )
+    link.submit(message, caller())
+
+
+def compute(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    what: str,
+    timeout: float | None = None,
+) -> Any:
+    """Run ``function`` and wait for its value."""
+    outgoing = Outgoing(what, None, operation=True)
+    fields = (function, args, kwargs or {}, modes())
+    message = outgoing.encode(commands.Compute, fields, 0)
+    link = outgoing.link
+    assert link is not None, "a question needs a pointer"
+    return reading.computed(link, *link.ask(message, caller(), timeout))
+
+
+def part(cls: type[AnyPointer], of: Pointer, path: tuple[Any, ...]) -> AnyPointer:
+    """A pointer to a part of an object; it follows when the whole moves."""
+    handle = of._data()
+    handle.check()
+    message = plain(commands.Part(handle.oid, path), f"part {path}")
+    new = owned(cls, handle.link, handle.link.submit(message, caller()))
+    new._handle.is_part_of(handle, path)
+    return new
+
+
+def operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation of torch on pointers: an operator, a method or a function."""
+    from fedproc.remote.pending import PendingPointer
+    from fedproc.remote.tensor import TensorPointer
+
+    if answers_plainly(name, args, kwargs):
+        return compute(name, args, kwargs, what=name)
+    writes = may_write(name, kwargs)
+    if writes:
+        last = name.rpartition(".")[2]
+        if last in ("setitem", "delitem", "backward", "retain_grad"):
+            return order(name, args, kwargs, what=name, operation=True)
+        if last.endswith("_") or name.startswith("operator.i"):
+            order(name, args, kwargs, what=name, operation=True)
+            return args[0]
+        if kwargs.get("out") is not None:
+            order(name, args, kwargs, what=name, operation=True)
+            return kwargs["out"]
+    structure = result_type(name, args, kwargs)
+    if structure is not None:
+        return _several(structure, name, args, kwargs, writes=writes)
+    uncertain = unknown_count(name, args, kwargs)
+    cls: type[Pointer] = PendingPointer if uncertain else TensorPointer
+    return run_there(cls, name, args, kwargs, what=name, writes=writes, operation=True)
+
+
+def _several(
+    structure: type[Any] | int,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    writes: bool,
+) -> Any:
+    from fedproc.remote.object import ObjectPointer
+    from fedproc.remote.tensor import TensorPointer
+
+    whole = run_there(ObjectPointer, name, args, kwargs, what=name, writes=writes, operation=True)
+    count = structure if isinstance(structure, int) else structure.n_sequence_fields
+    parts = tuple(part(TensorPointer, whole, (place,)) for place in range(count))
+    return parts if isinstance(structure, int) else structure(parts)
+
+
+def torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """What ``__torch_function__`` of every pointer does."""
+    name = function_name(func)
+    kwargs = kwargs or {}
+    if name is None:
+        raise PlacementError(
+            f"{getattr(func, '__name__', func)!r} has no name that a worker could find it by: run "
+            "it there with worker.run(function, pointer)."
+        )
+    if name.removeprefix("Tensor.") in REFUSED:
+        raise PlacementError(f"{name}: {REFUSED[name.removeprefix('Tensor.')]}.")
+    if name.endswith(".__get__") and args and is_pointer(args[0]):
+        return getattr(args[0], name.split(".")[1])
+    return operate(name, args, kwargs)

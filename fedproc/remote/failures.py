@@ -1,0 +1,95 @@
+"""What failed on one worker, and whether anybody has been told. Runs in the parent."""
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from fedproc.errors import FedprocError, remote_error
+from fedproc.remote.site import Site
+from fedproc.wire.commands import Failure
+
+
+class Failures:
+    """The failures of one worker, by the number of the command that failed."""
+
+    def __init__(self, worker: str) -> None:
+        """Of the worker of that name."""
+        self._worker = worker
+        self._known: dict[int, tuple[Failure, Site]] = {}
+        self._unseen: dict[int, None] = {}
+        self._causes: dict[int, int] = {}
+        self._sites: dict[int, Site] = {}
+
+    def add(self, number: int, site: Site, cause: int, failure: tuple[Any, ...] | None) -> None:
+        """A command without an answer has failed, by itself or by a cause; may be told twice."""
+        if failure is None:
+            self._causes[number] = cause
+        elif number not in self._known:
+            self._known[number] = (Failure(*failure), site)
+            self._unseen[number] = None
+
+    def note_site(self, number: int, site: Site) -> None:
+        """Where the query was issued that is refused."""
+        if site.code is not None:
+            self._sites[number] = site
+
+    def refused(self, number: int, cause: int, failure: tuple[Any, ...] | None) -> NoReturn:
+        """Raise what made query ``number`` fail."""
+        site = self._sites.pop(number, Site.nowhere())
+        if failure is not None:
+            raise self._exception(Failure(*failure), site)
+        self.raise_for(cause)
+        raise FedprocError(f"command {cause} on worker {self._worker!r} failed, nobody knows why")
+
+    def failed(self, number: int) -> bool:
+        """Whether command ``number`` failed."""
+        return number in self._known or number in self._causes
+
+    def raise_for(self, number: int) -> None:
+        """Raise the failure of command ``number``, if it failed: the first cause."""
+        number = self._causes.get(number, number)
+        if number in self._known:
+            self._unseen.pop(number, None)
+            raise self._exception(*self._known[number])
+
+    def unseen(self) -> Iterator[tuple[int, Callable[[], None]]]:
+        """(number, function that raises it) of every error that nobody has looked at."""
+        for number in list(self._unseen):
+            yield number, lambda number=number: self.raise_for(number)  # type: ignore[misc]
+
+    def _exception(self, failure: Failure, site: Site) -> BaseException:
+        if failure.own is not None:
+            own: BaseException = pickle.loads(failure.own)
+            if not own.args or str(site) == "unknown place":
+                return own
+            own.args = (f"{own.args[0]}\n  issued at {site}", *own.args[1:])
+            return own
+        return remote_error(
+            _load(failure.kind),
+            _text(failure, self._worker, site),
+            **{**(_load(failure.state) or {}), **self._facts(failure, site)},
+        )
+
+    def _facts(self, failure: Failure, site: Site) -> dict[str, Any]:
+        return {
+            "worker": self._worker,
+            "issued_at": str(site),
+            "remote_traceback": failure.traceback,
+        }
+
+
+def _load(data: bytes | None) -> Any:
+    if data is None:
+        return None
+    try:
+        return pickle.loads(data)
+    except Exception:  # the class cannot be had here; the text says everything else
+        return None
+
+
+def _text(failure: Failure, worker: str, site: Site) -> str:
+    head = f"{failure.name} in worker {worker!r}"
+    if failure.message:
+        head += f": {failure.message}"
+    indented = failure.traceback.rstrip().replace("\n", "\n    ")
+    return f"{head}\n  issued at {site}\n  in worker {worker!r}:\n    {indented}"

@@ -1,0 +1,90 @@
+"""The parent's record of a remote object, and who owns it. Runs in the parent.
+
+A ``Handle`` says where an object is; all pointers to the object share it, so when it moves they
+follow. An ``Owner`` frees the object when the last owning pointer is gone.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from fedproc.errors import ObjectGoneError
+
+if TYPE_CHECKING:
+    from fedproc.remote.link import Link
+
+
+class Handle:
+    """Where an object is, and what is known of it."""
+
+    __slots__ = (
+        "__weakref__",
+        "facts",
+        "facts_at",
+        "gone",
+        "labels",
+        "link",
+        "number",
+        "oid",
+        "parts",
+        "path",
+        "whole",
+    )
+
+    def __init__(self, link: "Link", oid: int) -> None:
+        """Object ``oid`` of the worker behind ``link``."""
+        self.link = link
+        self.oid = oid
+        self.number = oid  # of the command that makes it
+        self.gone: str | None = None  # why it cannot be used any more
+        self.facts: dict[str, Any] | None = None  # kind, shape ... as last told
+        self.facts_at = -1  # link.writes when they were
+        self.labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
+        self.whole: Handle | None = None  # of what this is a part, and where in it
+        self.path: tuple[Any, ...] = ()
+        self.parts: weakref.WeakSet[Handle] | None = None  # handles of parts that are held
+
+    def is_part_of(self, other: "Handle", path: tuple[Any, ...]) -> None:
+        """Follow ``other`` (or what that is itself a part of) when it moves."""
+        whole = other.whole or other
+        self.whole, self.path = whole, other.path + path
+        if whole.parts is None:
+            whole.parts = weakref.WeakSet()
+        whole.parts.add(self)
+
+    def check(self) -> None:
+        """Refuse the use of what is gone.
+
+        Raises:
+            ObjectGoneError: fetched, moved away as a chain, or cleared.
+        """
+        if self.gone is not None:
+            raise ObjectGoneError(self.gone)
+
+    def moved(self, link: "Link", oid: int, number: int) -> None:
+        """The object is elsewhere now; what is known of it stays true."""
+        fresh = self.facts_at == self.link.writes
+        self.link.handles.pop(self.oid, None)
+        self.link, self.oid, self.number = link, oid, number
+        self.facts_at = link.writes if fresh else -1
+        link.note(self)
+
+
+class Owner:
+    """Frees its object when it dies. Pointers found by a search have none."""
+
+    __slots__ = ("__weakref__", "handle")
+
+    def __init__(self, handle: Handle) -> None:
+        """Own the object of ``handle``, wherever it moves."""
+        self.handle: Handle | None = handle
+
+    def disown(self) -> None:
+        """The object is gone, or somebody else's."""
+        self.handle = None
+
+    def __del__(self) -> None:
+        """Note the id. Nothing else is allowed here: a finalizer runs in any thread, in the middle
+        of anything, and one that locks or writes has deadlocked every system that had it."""
+        handle = self.handle
+        if handle is not None and handle.gone is None:
+            handle.link.trash.append(handle.oid)

@@ -1,0 +1,166 @@
+"""Waiting for replies, for all links of a cluster at once. Runs in the parent.
+
+There is no reader thread: the thread that waits reads, for everybody (*leader*); others that wait
+meanwhile (*followers*) are woken when something has arrived, and one of them takes over when the
+leader has what it wanted. A janitor thread does what nobody waits for: it writes the tail of a
+burst of commands, and sends the frees of dropped pointers.
+"""
+
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+TAIL_SECONDS = 0.001
+"""How long a command may wait for company before it is written."""
+TIDY_SECONDS = 0.05
+"""How often dropped pointers are looked for when no command takes their frees along."""
+_FOLLOWER_SECONDS = 0.05
+_POLL_SECONDS = 0.5
+
+
+class Readable(Protocol):
+    """What the hub asks of a link."""
+
+    def fileno(self) -> int:
+        """Descriptor to poll, -1 when there is nothing to read any more."""
+
+    def receive(self) -> None:
+        """Take in what has arrived."""
+
+    def flush(self) -> bool:
+        """Write what can be written; whether everything was."""
+
+    def tidy(self) -> None:
+        """Send the frees of dropped pointers."""
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something is still to be written."""
+
+
+class Hub:
+    """Reads for all links of a cluster."""
+
+    def __init__(self) -> None:
+        """No links yet."""
+        self._links: dict[int, Readable] = {}
+        self._leader = threading.Lock()
+        self._changed = threading.Condition()
+        self._followers = 0
+        self._tail = threading.Event()
+        self._closing = False
+        self._janitor: threading.Thread | None = None
+
+    def add(self, link: Readable) -> None:
+        """Read for ``link`` from now on."""
+        self._links = {**self._links, link.fileno(): link}
+        if self._janitor is None:
+            self._janitor = threading.Thread(
+                target=self._clean, name="fedproc-janitor", daemon=True
+            )
+            self._janitor.start()
+
+    def remove(self, link: Readable) -> None:
+        """Do not read for ``link`` any more."""
+        self._links = {fd: other for fd, other in self._links.items() if other is not link}
+        self.notify()
+
+    def wait_until(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Read until ``ready()``; False when ``timeout`` seconds have passed before.
+
+        ``ready`` is called by this thread only, often; it must be cheap and must not wait.
+        """
+        if ready():
+            return True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._leader.acquire(blocking=False):
+                try:
+                    return self._lead(ready, deadline)
+                finally:
+                    self._leader.release()
+                    self.notify()
+            self._follow(ready, deadline)
+            if ready():
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+
+    def _lead(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        while not ready():
+            wait = None if deadline is None else deadline - time.monotonic()
+            if wait is not None and wait <= 0:
+                return False
+            self._read(wait)
+        return True
+
+    def _follow(self, ready: Callable[[], bool], deadline: float | None) -> None:
+        wait = _FOLLOWER_SECONDS
+        if deadline is not None:
+            wait = min(wait, max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            self._followers += 1
+            try:
+                if not ready():
+                    self._changed.wait(wait)
+            finally:
+                self._followers -= 1
+
+    def _read(self, wait: float | None) -> None:
+        """Read once from whoever has something to say."""
+        poll = select.poll()
+        links = self._links
+        for fd, link in links.items():
+            if link.fileno() < 0:
+                continue
+            unsent = link.unsent
+            poll.register(fd, select.POLLIN | (select.POLLOUT if unsent else 0))
+        # An end to every poll: what is waited for may come about without anything to read.
+        wait = _POLL_SECONDS if wait is None else min(wait, _POLL_SECONDS)
+        for fd, event in poll.poll(wait * 1000):
+            if event & select.POLLOUT:
+                links[fd].flush()
+            if event & ~select.POLLOUT:
+                links[fd].receive()
+        if self._followers:
+            self.notify()
+
+    def look(self) -> None:
+        """Take in what has arrived, without waiting."""
+        if self._leader.acquire(blocking=False):
+            try:
+                self._read(0.0)
+            finally:
+                self._leader.release()
+                self.notify()
+
+    def notify(self) -> None:
+        """Wake the followers: something has changed."""
+        if self._followers:
+            with self._changed:
+                self._changed.notify_all()
+
+    def tail(self) -> None:
+        """Something is buffered: the janitor shall write it if nobody else does."""
+        if not self._tail.is_set():
+            self._tail.set()
+
+    def _clean(self) -> None:
+        while not self._closing:
+            if self._tail.wait(TIDY_SECONDS):
+                time.sleep(TAIL_SECONDS)
+                self._tail.clear()
+            for link in self._links.values():
+                link.tidy()
+                if not link.flush():
+                    self._tail.set()
+
+    def close(self) -> None:
+        """End the janitor."""
+        self._closing = True
+        self._tail.set()
+        janitor, self._janitor = self._janitor, None
+        if janitor is not None and janitor is not threading.current_thread():
+            janitor.join()

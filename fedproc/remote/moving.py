@@ -1,0 +1,87 @@
+"""Carrying an object from worker to worker, arena to arena. Runs in the parent.
+
+The source exports the object into its own arena, the destination copies it from there: the bytes
+never pass through the parent. The source keeps the object until the destination has it, so that
+nothing is lost when the destination is full; what could change it meanwhile waits.
+"""
+
+import socket
+import warnings
+from typing import Any
+
+from fedproc.remote.handle import Handle
+from fedproc.remote.link import Link, plain
+from fedproc.remote.pointer import warn_cut
+from fedproc.remote.site import caller
+from fedproc.wire import commands
+
+
+def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
+    """Carry the object of ``handle`` to ``target``; all its pointers follow.
+
+    Args:
+        handle: of the object.
+        target: where to.
+        slot: id of a chain's record there that the object replaces; 0: none.
+
+    Raises:
+        NotPermittedError: it is private.
+        ArenaFullError: no room there; it stays where it was.
+    """
+    handle.check()
+    source = handle.link
+    if target is source and not slot:
+        return
+    target.check()
+    site = caller()
+    message = plain(commands.Export(handle.oid), "move")
+    borrow = source.borrow(message, site, scoped=False)
+    try:
+        flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
+        _attach(source, target)
+        record = commands.Import(slot, source.arena_name, flags, payload, *labels)
+        number = target.submit(plain(record, "move"), site, urgent=True)
+        target.answer(number, "move")
+    finally:
+        source.give_back(borrow)
+    source.submit(plain(commands.Remove(handle.oid), "move"), site)
+    _follow(source, ids, target, slot or number, number)
+    if cut:
+        warn_cut("move")
+    if optimizer:
+        warnings.warn(
+            f"move: an optimizer on worker {source.name!r} still steps the parameters that stayed "
+            f"behind there. Make a new one on {target.name!r} from model.parameters().",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _follow(source: Link, ids: tuple[int, ...], target: Link, oid: int, number: int) -> None:
+    """Every handle of the object, and of its parts, points to its new place."""
+    handles = [handle for old in ids if (handle := source.handle(old)) is not None]
+    for place, handle in enumerate(handles):
+        # The first keeps the id of the import; each further one needs an id of its own, since
+        # each is freed on its own.
+        new = oid if place == 0 else _part(target, oid, ())
+        handle.moved(target, new, number)
+        for part in list(handle.parts or ()):
+            if part.link is source and part.gone is None:
+                source.trash.append(part.oid)
+                moved = _part(target, oid, part.path)
+                part.moved(target, moved, moved)
+
+
+def _part(target: Link, oid: int, path: tuple[Any, ...]) -> int:
+    return target.submit(plain(commands.Part(oid, path), "move"), caller())
+
+
+def _attach(source: Link, target: Link) -> None:
+    """Let ``target`` map the arena of ``source``, once per pair."""
+    if source.arena_name in target.attached:
+        return
+    assert source.mapped is not None
+    socket.send_fds(target.side, [b"a"], [source.mapped.fd])
+    size = source.mapped.size_bytes
+    target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
+    target.attached.add(source.arena_name)

@@ -1,0 +1,169 @@
+"""ObjectPointer: a pointer to anything that is neither tensor nor module. Runs in the parent."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedproc.remote.calls import compute, part, run_there, torch_function
+from fedproc.remote.facts import facts
+from fedproc.remote.operators import with_operators
+from fedproc.remote.pointer import Pointer
+
+
+def operate_on_object(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator on objects: what kind of thing comes of it, only the worker knows."""
+    from fedproc.remote.calls import order
+    from fedproc.remote.pending import PendingPointer
+
+    if name in ("operator.setitem", "operator.delitem"):
+        return order(name, args, kwargs, what=name)
+    return run_there(PendingPointer, name, args, kwargs, what=name)
+
+
+@with_operators(operate_on_object, comparisons=False, in_place=False)
+class ObjectPointer(Pointer):
+    """A pointer to an object.
+
+    ``p.name(...)`` calls a method in the worker, ``p.name.get()`` brings an attribute home. The
+    pointer's own names win; the object's are reached by ``worker.run(getattr, p, "id")``.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> "Attribute":
+        """An attribute or method of the object, looked up when it is used."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return Attribute(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the object in its worker."""
+        return call(self, args, kwargs)
+
+    def __len__(self) -> int:
+        """Length of the object."""
+        return int(compute("builtins.len", (self,), what="len"))
+
+    def __bool__(self) -> bool:
+        """Truth of the object."""
+        return bool(compute("fedproc.worker.parts.truth", (self,), what="bool"))
+
+    def __float__(self) -> float:
+        """The number it is."""
+        return float(compute("builtins.float", (self,), what="float"))
+
+    def __int__(self) -> int:
+        """The number it is."""
+        return int(compute("builtins.int", (self,), what="int"))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Pointers to the items of a sequence."""
+        from fedproc.remote.pending import PendingPointer
+
+        told = facts(self)
+        if not told.get("sequence"):
+            raise TypeError(f"{self!r} points to a {told['type']}, which is no sequence")
+        count = len(self)
+        return iter([part(PendingPointer, self, (place,)) for place in range(count)])
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether the object contains ``value``."""
+        return bool(compute("operator.contains", (self, value), what="in"))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch where its pointers are."""
+        return torch_function(func, args, kwargs)
+
+
+def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an object or module in its worker."""
+    from fedproc.remote.pending import PendingPointer
+
+    return run_there(
+        PendingPointer, "fedproc.worker.parts.call", (target, *args), kwargs, what="call"
+    )
+
+
+class Attribute(Pointer):
+    """``p.name`` of an ObjectPointer: call it, get it, or use it as the pointer it stands for."""
+
+    __slots__ = ("_made", "_name", "_of")
+    _of: Pointer
+    _name: str
+    _made: Any
+
+    def __init__(self, of: Pointer, name: str) -> None:
+        """Attribute ``name`` of the object of ``of``."""
+        of._data().check()
+        self._of = of
+        self._name = name
+        self._made = None
+        self._chain = None
+        self._owner = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method in the worker; a pointer to what it returns."""
+        from fedproc.remote.pending import PendingPointer
+
+        every = (self._of, self._name, *args)
+        return run_there(
+            PendingPointer, "fedproc.worker.parts.method", every, kwargs, what=self._name
+        )
+
+    def _pointer(self) -> Any:
+        """The pointer to the attribute's value, made when it is first needed."""
+        from fedproc.remote.pending import PendingPointer
+
+        if self._made is None:
+            every = (self._of, self._name)
+            self._made = run_there(
+                PendingPointer,
+                "fedproc.worker.parts.attribute",
+                every,
+                what=self._name,
+                writes=False,
+            )
+        return self._made
+
+    def _data(self) -> Any:
+        return self._pointer()._data()
+
+    @property
+    def _handle(self) -> Any:  # type: ignore[override]
+        return self._pointer()._handle
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The value of the attribute; it stays in the object."""
+        return self.fetch(timeout)
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """The value of the attribute."""
+        return self._pointer().fetch(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the attribute's value."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._pointer(), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        """An item of the attribute's value."""
+        return self._pointer()[key]
+
+    def __len__(self) -> int:
+        """Length of the attribute's value."""
+        return len(self._pointer())
+
+    def __iter__(self) -> Iterator[Any]:
+        """Items of the attribute's value."""
+        return iter(self._pointer())
+
+    def __bool__(self) -> bool:
+        """Truth of the attribute's value."""
+        return bool(self._pointer())
+
+    def __repr__(self) -> str:
+        """Which attribute of what."""
+        return f"<attribute {self._name} of {self._of!r}>"

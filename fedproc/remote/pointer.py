@@ -1,0 +1,337 @@
+"""Pointer: what a user holds of a remote object. Runs in the parent.
+
+A pointer shares its ``Handle`` (where the object is) with all other pointers to the object, and
+owns it through an ``Owner`` unless it was found by a search. A *chain* is a pointer that was sent
+on: it keeps the pointer it was made from and the slot it takes in the worker it was sent to;
+operations on it run where the data is.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+
+from fedproc.errors import (
+    ClosedError,
+    NotShippableError,
+    PlacementError,
+    WorkerLostError,
+)
+from fedproc.remote import reading
+from fedproc.remote.encode import POINTER_TYPES
+from fedproc.remote.handle import Handle, Owner
+from fedproc.remote.link import Link, plain
+from fedproc.remote.site import caller
+from fedproc.wire import commands
+
+if TYPE_CHECKING:
+    from fedproc.remote.worker import Worker
+
+AnyPointer = TypeVar("AnyPointer", bound="Pointer")
+
+
+class Slot:
+    """The place a chain takes: the pointer it was made from, and its record in a worker."""
+
+    __slots__ = ("handle", "inner", "owner")
+
+    def __init__(self, inner: "Pointer", handle: Handle) -> None:
+        """``handle``: of the record."""
+        self.inner = inner
+        self.handle = handle
+        self.owner = Owner(handle)
+
+
+class Kind(type):
+    """Class of the classes of pointers: ``isinstance`` waits until the kind is known.
+
+    (A ``__class__`` property would do, too, but torch's argument parser would then wait as well.)
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        """Whether ``instance`` is, or turns out to be, one of this kind."""
+        actual = type(instance)
+        if cls is not Pointer and getattr(actual, "_fedproc_pending", False):
+            actual = instance._kind()
+        return issubclass(actual, cls)
+
+
+class Pointer(metaclass=Kind):
+    """A handle on an object in a worker.
+
+    Dropping the last one frees the object. ``get`` brings the value home and empties the worker,
+    ``fetch`` copies it, ``borrow`` lends it without a copy, ``move`` carries it to another worker.
+    """
+
+    __slots__ = ("__weakref__", "_chain", "_handle", "_owner")
+    _fedproc_pointer = True
+    _handle: Handle
+    _owner: Owner | None
+    _chain: Slot | None
+
+    def __init_subclass__(cls) -> None:
+        """Every class of pointer is known to the encoder."""
+        POINTER_TYPES.add(cls)
+
+    # ---- where and what
+
+    def _data(self) -> Handle:
+        return self._handle
+
+    def _place(self) -> Handle:
+        return self._handle if self._chain is None else self._chain.handle
+
+    @property
+    def worker(self) -> "Worker":
+        """The worker the pointer points to; of a chain: the one it was sent to."""
+        found: Worker = self._place().link.worker
+        return found
+
+    @property
+    def id(self) -> int:
+        """Number of the object in its worker."""
+        return self._place().oid
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Tags given at ``send``."""
+        return self._handle.labels[0]
+
+    @property
+    def description(self) -> str:
+        """Description given at ``send``."""
+        return self._handle.labels[1]
+
+    def done(self) -> bool:
+        """Whether the object is there (or never will be). Does not wait."""
+        handle = self._handle
+        handle.check()
+        link = handle.link
+        if not link.executed(handle.number):
+            link.flush()
+            link.hub.look()
+        return link.executed(handle.number)
+
+    def wait(self: AnyPointer, timeout: float | None = None) -> AnyPointer:
+        """Wait until the object is there.
+
+        Args:
+            timeout: seconds; None: as long as the worker lives.
+
+        Raises:
+            CommandTimeoutError: not there within ``timeout``; it goes on.
+            RemoteError: the command that makes it failed.
+            WorkerLostError, ClosedError: it will never be there.
+        """
+        handle = self._handle
+        handle.check()
+        handle.link.check()
+        handle.link.wait(handle.number, timeout, "wait")
+        handle.link.failures.raise_for(handle.number)
+        return self
+
+    # ---- values
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Bring the value home; the remote object is gone afterwards.
+
+        Args:
+            timeout: seconds; None: as long as the worker lives.
+
+        Returns:
+            The value. Of a chain: the pointer it was made from.
+
+        Raises:
+            ObjectGoneError: it was brought home before.
+            CommandTimeoutError: not done within ``timeout``; nothing has changed, ask again.
+            RemoteError: the command that makes the object failed.
+            NotPermittedError: the object is private.
+            NotShippableError: it cannot be pickled; it stays there.
+        """
+        if self._chain is not None:
+            return self._unchain()
+        handle = self._handle
+        value = reading.value(handle, "get", timeout)
+        with contextlib.suppress(WorkerLostError, ClosedError):  # we have it already
+            handle.link.submit(plain(commands.Remove(handle.oid), "get"), caller())
+        handle.gone = (
+            f"object {handle.oid} was brought home from worker {handle.link.name!r} with get(): "
+            "it is not there any more. Use the value that get() returned, or fetch() next time."
+        )
+        return value
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """A private copy of the value; the remote object stays.
+
+        Args and errors as for ``get``.
+        """
+        return reading.value(self._handle, "fetch", timeout)
+
+    def borrow(self) -> "contextlib.AbstractContextManager[torch.Tensor]":
+        """Lend the tensor's memory: ``with p.borrow() as t:``.
+
+        ``t`` is detached, and read-only by contract. Commands of the worker that may write wait
+        until the block ends.
+        """
+        return reading.lent(self)
+
+    def copy(self: AnyPointer) -> AnyPointer:
+        """A second, independent remote object; of a tensor: a new leaf without gradient."""
+        from fedproc.remote.calls import run_there
+
+        return run_there(
+            type(self), "fedproc.worker.parts.copy", (self,), what="copy", writes=False
+        )
+
+    # ---- moving
+
+    def move(self: AnyPointer, worker: "Worker") -> AnyPointer:
+        """Carry the object to ``worker``; this pointer and all others to the object follow.
+
+        The bytes go from shared memory to shared memory, not through the parent.
+        """
+        from fedproc.remote.moving import move
+
+        slot, self._chain = self._chain, None
+        try:
+            move(self._handle, worker.link)
+        except BaseException:
+            self._chain = slot
+            raise
+        return self
+
+    def send(self: AnyPointer, worker: "Worker") -> AnyPointer:
+        """Make a chain: ``worker`` holds a pointer to this pointer's object.
+
+        Raises:
+            NotPermittedError: the object is private.
+        """
+        handle = self._handle
+        handle.check()
+        place = self._place()
+        question = commands.Inspect("permitted", (handle.oid,))
+        handle.link.ask(plain(question, "send"), caller())
+        record = commands.Slot(place.link.name, place.oid)
+        number = worker.link.submit(plain(record, "send"), caller())
+        chain = make(type(self), handle, self._owner)
+        chain._chain = Slot(self, register(Handle(worker.link, number)))
+        return chain
+
+    def _unchain(self) -> "Pointer":
+        slot = self._chain
+        assert slot is not None
+        self._handle.check()
+        slot.handle.link.check()
+        self._chain = None
+        gone = Handle(slot.handle.link, slot.handle.oid)
+        gone.gone = (
+            f"this chain on worker {slot.handle.link.name!r} was taken apart with get(): use the "
+            "pointer that get() returned."
+        )
+        self._handle, self._owner = gone, None
+        return slot.inner
+
+    def remote_get(self: AnyPointer) -> AnyPointer:
+        """The worker this chain was sent to pulls the data: its slot holds the value afterwards.
+
+        Raises:
+            PlacementError: this is not a chain.
+        """
+        from fedproc.remote.moving import move
+
+        slot = self._chain
+        if slot is None:
+            raise PlacementError(
+                f"{self!r} is not a chain: its worker holds the data already. remote_get() is for "
+                "a pointer that was sent on with pointer.send(worker)."
+            )
+        outer = slot.inner._chain
+        if outer is not None:  # one step: our slot takes over what the inner one pointed to
+            slot.inner._chain = None
+            slot.inner = outer.inner
+            return self
+        move(self._handle, slot.handle.link, slot=slot.handle.oid)
+        slot.owner.disown()
+        self._chain = None
+        return self
+
+    # ---- what a pointer is not
+
+    __array_ufunc__ = None
+    """NumPy leaves operators with arrays to us, and we refuse them."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to become an array or a local tensor behind the user's back."""
+        raise PlacementError(
+            f"{self!r} is in another process and does not become an array or a local tensor by "
+            "itself. Bring it home: pointer.get() or pointer.fetch()."
+        )
+
+    __dlpack__ = __dlpack_device__ = __array__  # torch.tensor and torch.as_tensor ask for these
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled, copied or captured."""
+        raise NotShippableError(
+            f"{self!r} is a pointer of this process: it cannot be pickled, copied with copy or "
+            "captured by a function. Pass it as an argument, worker.run(fn, pointer); copy the "
+            "object with pointer.copy(); save its value with pointer.fetch()."
+        )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        """Refuse; see ``copy``."""
+        self.__reduce_ex__(4)
+
+    def __format__(self, specification: str) -> str:
+        """The text of ``repr``; a value is formatted as ``{p.item():.2f}``."""
+        if specification:
+            raise TypeError(
+                f"{self!r} cannot be formatted as {specification!r}: it is a pointer. Use the "
+                "value, for example pointer.item() or pointer.fetch()."
+            )
+        return repr(self)
+
+    def __repr__(self) -> str:
+        """Kind, worker, id, and shape and dtype if known; never a value."""
+        place = self._place()
+        parts = [f"{type(self).__name__} {place.oid} on {place.link.name}"]
+        if self._chain is not None:
+            parts.append(f"-> {self._handle.oid} on {self._handle.link.name}")
+        if self._handle.gone is not None:
+            parts.append("(gone)")
+        elif self._handle.facts is not None and "shape" in self._handle.facts:
+            facts = self._handle.facts
+            parts.append(f"{tuple(facts['shape'])} {str(facts['dtype']).removeprefix('torch.')}")
+        return f"<{' '.join(parts)}>"
+
+
+def make(cls: type[AnyPointer], handle: Handle, owner: Owner | None) -> AnyPointer:
+    """A pointer of class ``cls``."""
+    pointer = cls.__new__(cls)
+    pointer._handle = handle
+    pointer._owner = owner
+    pointer._chain = None
+    return pointer
+
+
+def register(handle: Handle) -> Handle:
+    """Let the link find the handle by its id."""
+    handle.link.note(handle)
+    return handle
+
+
+def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
+    """A pointer that owns the new object ``oid``."""
+    handle = register(Handle(link, oid))
+    return make(cls, handle, Owner(handle))
+
+
+def warn_cut(what: str) -> None:
+    """A tensor with autograd history lost it."""
+    warnings.warn(
+        f"{what}: the tensor is the result of an operation and needs gradients; the graph is cut: "
+        "its history stays behind, so backward() does not reach what it was computed from. Send leaves, or detach().",
+        UserWarning,
+        stacklevel=4,
+    )

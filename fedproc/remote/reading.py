@@ -1,0 +1,85 @@
+"""Bringing values home: copies by default, the worker's memory itself for a borrow. Parent."""
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
+from fedproc.remote.handle import Handle
+from fedproc.remote.link import Borrow, Link, plain
+from fedproc.remote.site import caller
+from fedproc.wire import commands, frames
+from fedproc.wire.codec import Decoder
+
+if TYPE_CHECKING:
+    from fedproc.remote.pointer import Pointer
+
+
+def start(handle: Handle, what: str, *, folding: bool = False, lent: bool = False) -> Borrow:
+    """Ask for a value; what could change it on the way waits until ``finish``."""
+    handle.check()
+    message = plain(commands.Fetch(handle.oid, folding, lent), what)
+    return handle.link.borrow(message, caller(), scoped=lent)
+
+
+def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
+    """The value asked for, copied into memory of this process."""
+    try:
+        flags, body = link.answer(borrow.query, what, timeout)
+        return _decode(flags, body, lambda place: _copied(link, place))
+    finally:
+        link.give_back(borrow)
+
+
+def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
+    """A private copy of a remote value."""
+    return finish(handle.link, start(handle, what), what, timeout)
+
+
+@contextlib.contextmanager
+def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]:
+    """The worker's own memory of a tensor, for the length of the block.
+
+    Takes the pointer, not its handle: the object must not be freed while it is lent.
+    """
+    handle = pointer._data()
+    link = handle.link
+    borrow = start(handle, "borrow", folding=folding, lent=True)
+    try:
+        flags, body = link.answer(borrow.query, "borrow")
+        yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
+    finally:
+        link.give_back(borrow)
+
+
+def computed(link: Link, flags: int, body: bytes) -> Any:
+    """The value in the answer to a Compute: plain, or a copy."""
+    return _decode(flags, body, lambda place: _copied(link, place))
+
+
+def _decode(flags: int, body: bytes, load: Any) -> Any:
+    stream = io.BytesIO(body)
+    tensors: list[torch.Tensor] = []
+    if flags & frames.HAS_TENSORS:
+        table: Table = pickle.load(stream)
+        tensors = rebuild(table, load)
+    return Decoder(stream, lambda pid: tensors[-pid], {}).load()
+
+
+def _copied(link: Link, place: Place) -> torch.Tensor:
+    assert link.mapped is not None
+    target = torch.empty(place_bytes(place), dtype=torch.uint8)
+    return read_place(place, link.mapped.view, target)
+
+
+def _mapped(link: Link, place: Place) -> torch.Tensor:
+    if isinstance(place, bytes):  # an empty tensor has no memory to lend
+        return torch.empty(0, dtype=torch.uint8)
+    assert link.mapped is not None
+    from fedproc.memory.arena import Block
+
+    return torch.from_numpy(link.mapped.borrow(Block(*place)))

@@ -1,0 +1,52 @@
+"""Where in the user's code a command was issued. Runs in the parent."""
+
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import NamedTuple
+
+_PACKAGE = str(Path(__file__).resolve().parent.parent) + "/"
+_FOREIGN = (
+    "/contextlib.py",
+    "/torch/_tensor.py",
+    "/torch/functional.py",
+    "/torch/nn/functional.py",
+)
+_known: dict[CodeType, bool] = {}
+
+
+class Site(NamedTuple):
+    """A line of code."""
+
+    code: CodeType | None
+    line: int
+
+    def __str__(self) -> str:
+        """``file:line in function``."""
+        if self.code is None:
+            return "unknown place"
+        return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+
+    @classmethod
+    def nowhere(cls) -> "Site":
+        """For commands that no user issued."""
+        return _NOWHERE
+
+
+_NOWHERE = Site(None, 0)
+
+
+def caller() -> Site:
+    """The innermost frame that is neither fedproc's nor torch's way to us."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        ours = _known.get(code)
+        if ours is None:
+            file = code.co_filename
+            ours = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
+            _known[code] = ours
+        if not ours:
+            return Site(code, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return _NOWHERE

@@ -1,0 +1,240 @@
+"""Worker: the parent's name for a worker process. Runs in the parent."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedproc.errors import PlacementError
+from fedproc.remote.calls import run_there
+from fedproc.remote.encode import Outgoing
+from fedproc.remote.group import PointerGroup
+from fedproc.remote.handle import Handle
+from fedproc.remote.link import Link, plain
+from fedproc.remote.module import ModulePointer
+from fedproc.remote.object import ObjectPointer
+from fedproc.remote.operations import function_name
+from fedproc.remote.pending import PendingPointer
+from fedproc.remote.pointer import Pointer, make, owned, warn_cut
+from fedproc.remote.site import caller
+from fedproc.remote.tensor import TensorPointer
+from fedproc.wire import commands, frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class ObjectInfo(NamedTuple):
+    """One row of ``worker.objects``."""
+
+    id: int
+    type: str
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    nbytes: int
+    tags: frozenset[str]
+    description: str
+    private: bool
+
+
+class WorkerStats(NamedTuple):
+    """What a worker has used: seconds, bytes and counts since its start."""
+
+    cpu_s: float
+    rss_bytes: int
+    pss_bytes: int
+    arena_bytes: int
+    objects: int
+    commands: int
+
+
+class Worker:
+    """A worker process: a collection of objects, and functions that run beside them."""
+
+    def __init__(self, link: Link, device: torch.device) -> None:
+        """``link``: one incarnation of the process."""
+        self.link = link
+        self.device = device
+        link.worker = self
+
+    @property
+    def name(self) -> str:
+        """Its name in the cluster."""
+        return self.link.name
+
+    @property
+    def pid(self) -> int:
+        """Process id; of an inline worker the parent's."""
+        return self.link.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs and the cluster is open."""
+        if self.link.end is None:
+            self.link.hub.look()
+        return self.link.end is None
+
+    @property
+    def exitcode(self) -> int | None:
+        """As in ``multiprocessing``: None while it runs, -9 after SIGKILL. Inline: None."""
+        return self.link.exitcode()
+
+    def kill(self) -> None:
+        """SIGKILL, for tests: the process and its children end at once."""
+        self.link.kill()
+
+    # ---- objects
+
+    def send(
+        self,
+        obj: Any,
+        *,
+        private: bool = False,
+        tags: Iterable[str] | str = (),
+        description: str = "",
+    ) -> Any:
+        """Copy ``obj`` to the worker: a pointer to a new object there, at once.
+
+        Args:
+            obj: anything that can be pickled; a pointer makes a chain.
+            private: the value may be used in the worker but not leave it.
+            tags: labels to search for; one string is one tag.
+            description: shown in listings.
+
+        Raises:
+            NotShippableError: it cannot be pickled; nothing was sent.
+            ArenaFullError: no shared memory left for it in this process.
+        """
+        if isinstance(obj, PointerGroup):
+            raise PlacementError("a PointerGroup has a member on each of its workers: send those")
+        if issubclass(type(obj), Pointer):
+            return obj.send(self)
+        labels = (tags,) if isinstance(tags, str) else tuple(tags)
+        return put(
+            self.link, obj, what="send", private=private, tags=labels, description=description
+        )
+
+    def run(
+        self, fn: "Callable[..., Any]", /, *args: Any, private: bool = False, **kwargs: Any
+    ) -> Any:
+        """Run ``fn(*args, **kwargs)`` in the worker: a pointer to the result, at once.
+
+        Pointers among the arguments, also inside lists, tuples and dicts, are the worker's own
+        objects when ``fn`` sees them. Other arguments are copied.
+
+        Raises:
+            PlacementError: a pointer to another worker, or a pointer beside a local tensor.
+            NotShippableError: something cannot be pickled.
+        """
+        pointer = issubclass(type(fn), Pointer)
+        if not pointer and not callable(fn):
+            raise TypeError(f"run needs a function to run, not a {type(fn).__qualname__}: {fn!r}")
+        function = None if pointer else function_name(fn)
+        return run_there(
+            PendingPointer, function or fn, args, kwargs, what=_name_of(fn), link=self.link,
+            private=private,
+        )  # fmt: skip
+
+    @property
+    def objects(self) -> Mapping[int, ObjectInfo]:
+        """What lives in the worker now: id -> ObjectInfo, oldest first."""
+        rows = self._inspect("objects")
+        return MappingProxyType({row["id"]: ObjectInfo(**row) for row in rows})
+
+    def stats(self) -> WorkerStats:
+        """CPU seconds, memory in bytes and counts of the worker."""
+        return WorkerStats(**self._inspect("stats"))
+
+    def search(self, *tags: str) -> list[Any]:
+        """Pointers to the objects that carry all ``tags``. They do not own the objects.
+
+        Raises:
+            ValueError: no tags were given.
+        """
+        if not tags:
+            raise ValueError("search needs at least one tag; worker.objects lists everything")
+        found = []
+        for oid, told in self._inspect("search", frozenset(tags)):
+            handle = self.link.handle(oid)
+            if handle is None:
+                handle = Handle(self.link, oid)
+            handle.facts, handle.facts_at = told, self.link.writes
+            found.append(make(KINDS[told["kind"]], handle, None))
+        return found
+
+    def clear(self) -> "Worker":
+        """Forget all objects; pointers to them raise ObjectGoneError from now on."""
+        self._inspect("clear")
+        for reference in list(self.link.handles.values()):
+            handle = reference()
+            if handle is not None:
+                handle.gone = (
+                    f"object {handle.oid} is gone: worker {self.name!r} was cleared. Send it again."
+                )
+        self.link.handles.clear()
+        return self
+
+    def _inspect(self, what: str, *args: Any) -> Any:
+        return self.link.ask(plain(commands.Inspect(what, args), what), caller())
+
+    # ---- what a worker is not
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        raise TypeError(f"worker {self.name!r} belongs to this process and cannot be pickled")
+
+    def __deepcopy__(self, memo: Any) -> "Worker":
+        """A copy of whatever refers to a worker refers to the same one."""
+        return self
+
+    def __repr__(self) -> str:
+        """Name, process and number of objects."""
+        if self.link.end is not None:
+            return f"<Worker {self.name} (gone)>"
+        return f"<Worker {self.name} pid={self.pid} objects={len(self.objects)}>"
+
+
+KINDS: dict[str, type[Pointer]] = {
+    "tensor": TensorPointer,
+    "module": ModulePointer,
+    "object": ObjectPointer,
+}
+
+
+def put(
+    link: Link, value: Any, *, what: str, private: bool = False, tags: tuple[str, ...] = (),
+    description: str = "",
+) -> Any:  # fmt: skip
+    """Keep ``value`` as a new object; a pointer of its kind."""
+    link.check()
+    outgoing = Outgoing(what, link)
+    flags = 0 if private else frames.SHARED
+    message = outgoing.encode(commands.Put, (value, private, tags, description), flags)
+    if outgoing.cut_graph:
+        warn_cut(what)
+    kind: type[Pointer] = ObjectPointer
+    if isinstance(value, torch.Tensor):
+        kind = TensorPointer
+    elif isinstance(value, nn.Module):
+        kind = ModulePointer
+    pointer = owned(kind, link, link.submit(message, caller()))
+    handle = pointer._handle
+    handle.labels = (frozenset(tags), description)
+    if isinstance(value, torch.Tensor):
+        leaf = value.grad_fn is None
+        handle.facts = {
+            "kind": "tensor",
+            "shape": tuple(value.shape),
+            "dtype": value.dtype,
+            "device": value.device,
+            "requires_grad": leaf and value.requires_grad,
+            "is_leaf": True,
+        }
+        handle.facts_at = link.writes
+    return pointer
+
+
+def _name_of(fn: Any) -> str:
+    return str(getattr(fn, "__qualname__", None) or type(fn).__qualname__)

@@ -1,0 +1,140 @@
+"""A duplex stream of frames over a socket, never blocking. Used by parent and worker.
+
+Everything half done lives in the channel object, and every step ends in one assignment of a
+tuple. The reason is Ctrl-C: KeyboardInterrupt may be raised between any two bytecodes of the main
+thread, and a count of bytes that was read but not yet written down would put the stream out of
+step for good. The same reason makes ``recv`` and ``send`` run inside ``list.extend(map(...))``:
+the call and the note of its result are one step of the interpreter.
+"""
+
+import socket
+import threading
+from collections.abc import Callable
+
+from fedproc.wire.frames import Frame, unpack
+
+READ_BYTES = 65536
+BATCH_BYTES = 1 << 20
+SOCKET_BUFFER_BYTES = 4 << 20
+
+
+class Channel:
+    """Frames in, frames out. Any thread may append and flush; one at a time may receive."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over ``sock`` (a connected stream)."""
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        self._sock = sock
+        self._append_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        # frames not yet taken, batch being written, byte counts that send() has returned for it
+        self._output: tuple[list[bytes], memoryview | None, list[int]] = ([], None, [])
+        # bytes received, how many of them are parsed, chunks received since
+        self._input: tuple[bytes, int, list[bytes]] = (b"", 0, [])
+        self.ended = False
+
+    def fileno(self) -> int:
+        """Descriptor for ``poll``; -1 once closed."""
+        return self._sock.fileno()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether appended frames are still to be written."""
+        frames, batch, _ = self._output
+        return bool(frames) or batch is not None
+
+    def append(self, frame: bytes) -> int:
+        """Queue a frame; returns how many wait."""
+        with self._append_lock:
+            frames = self._output[0]
+            frames.append(frame)
+            return len(frames)
+
+    def flush(self) -> bool:
+        """Write what can be written without blocking.
+
+        Returns:
+            Whether everything is written (or will be by the thread that is writing now). After
+            the peer is gone, True: nobody will read it.
+        """
+        while self.unsent and not self.ended:
+            if not self._write_lock.acquire(blocking=False):
+                # The writer looks again after it lets go of the lock, so it takes ours along.
+                return True
+            try:
+                if not self._write_batch():
+                    return False
+            finally:
+                self._write_lock.release()
+        return True
+
+    def _write_batch(self) -> bool:
+        frames, batch, counts = self._output
+        if batch is None:
+            with self._append_lock:
+                frames = self._output[0]
+                taken, size = 0, 0
+                while taken < len(frames) and size < BATCH_BYTES:
+                    size += len(frames[taken])
+                    taken += 1
+                batch = memoryview(frames[0] if taken == 1 else b"".join(frames[:taken]))
+                counts = []
+                self._output = (frames[taken:], batch, counts)
+        try:
+            while sum(counts) < len(batch):
+                counts.extend(map(self._sock.send, (batch[sum(counts) :],)))
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.ended = True
+            return True
+        with self._append_lock:
+            self._output = (self._output[0], None, [])
+        return True
+
+    def receive(self, handle: Callable[[Frame], None]) -> None:
+        """Read what has arrived and hand over every whole frame; sets ``ended`` at the end.
+
+        ``handle`` may see a frame twice if it is interrupted: it must not mind.
+
+        Raises:
+            ProtocolError: the bytes are no frames.
+        """
+        try:
+            while True:
+                chunks = self._input[2]
+                chunks.extend(map(self._sock.recv, (READ_BYTES,)))
+                if not chunks[-1]:
+                    self.ended = True
+                    break
+                if len(chunks[-1]) < READ_BYTES:
+                    break
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.ended = True
+        self._parse(handle)
+
+    def _parse(self, handle: Callable[[Frame], None]) -> None:
+        data, start, chunks = self._input
+        if chunks:
+            data = (data[start:] if start < len(data) else b"") + b"".join(chunks)
+            start = 0
+            self._input = (data, start, [])
+        for frame, end in unpack(data, start):
+            handle(frame)
+            self._input = (data, end, self._input[2])
+
+    def hang_up(self) -> None:
+        """End the stream for both sides; whoever polls either end wakes up."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was first
+            self.ended = True
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self.ended = True
+        self._sock.close()

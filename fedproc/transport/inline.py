@@ -1,0 +1,63 @@
+"""The inline transport: the worker's loop in a thread of the parent process.
+
+For breakpoints and for tests without processes. The loop is named, not imported: this package
+knows nothing of what a worker does.
+"""
+
+import importlib
+import os
+import socket
+import threading
+
+from fedproc.transport.base import Connection, WorkerSpec
+from fedproc.transport.channel import Channel
+
+ENTRY = ("fedproc.worker.main", "serve_inline")
+END_SECONDS = 2.0
+
+
+class InlineProcess:
+    """A thread, seen as a process."""
+
+    def __init__(self, thread: threading.Thread, channel: Channel) -> None:
+        """``channel``: the worker's end; closing it ends the loop."""
+        self.pid = os.getpid()
+        self._thread = thread
+        self._channel = channel
+
+    def poll(self) -> int | None:
+        """None while the thread runs, and 0 afterwards."""
+        return None if self._thread.is_alive() else 0
+
+    def wait(self, timeout: float) -> int | None:
+        """Wait for the thread's end."""
+        self._thread.join(timeout)
+        return self.poll()
+
+    def kill(self) -> None:
+        """Hang up; a command that runs now is the last."""
+        self._channel.hang_up()
+
+
+class InlineTransport:
+    """Starts workers as threads."""
+
+    inline = True
+
+    def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
+        """Start the loop in a thread."""
+        here, there = socket.socketpair()
+        side_here, side_there = socket.socketpair()
+        serve = getattr(importlib.import_module(ENTRY[0]), ENTRY[1])
+        channel = Channel(there)
+        thread = threading.Thread(
+            target=serve,
+            args=(spec, channel, side_there, os.dup(arena_fd), arena_size),
+            name=f"fedproc-inline-{spec.name}",
+            daemon=True,
+        )
+        thread.start()
+        return Connection(Channel(here), side_here, InlineProcess(thread, channel))
+
+    def close(self) -> None:
+        """Nothing is shared."""

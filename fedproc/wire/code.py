@@ -1,0 +1,64 @@
+"""Which code travels by name and which by value. Used on both sides; no torch.
+
+What the other process can import travels by name. Functions and classes of ``__main__``, of a
+notebook, and nested ones travel by value, made by cloudpickle; their bytes are named by a digest
+and shipped once per worker.
+"""
+
+import functools
+import hashlib
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
+import cloudpickle
+
+
+def travels_by_name(thing: Any) -> bool:
+    """Whether ``thing`` (a function or class) is found again by importing its module."""
+    module_name = getattr(thing, "__module__", None)
+    qualname = getattr(thing, "__qualname__", "")
+    module = sys.modules.get(module_name) if module_name else None
+    if module is None or module_name == "__main__" or "<" in qualname:
+        return False
+    found: Any = module
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found is thing and _importable(str(module_name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _importable(module_name: str) -> bool:
+    """Whether a new process with the same ``sys.path`` finds the module.
+
+    Being in ``sys.modules`` is no proof: test runners and notebooks load files under names that
+    exist nowhere else.
+    """
+    if module_name in sys.builtin_module_names:
+        return True
+    parent, _, _ = module_name.rpartition(".")
+    path = None
+    if parent:
+        if not _importable(parent):
+            return False
+        path = getattr(sys.modules.get(parent), "__path__", None)
+        if path is None:
+            # torch.return_types and the like: made by their parent, not found on disk
+            return module_name in sys.modules
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and find(module_name, path) is not None:
+            return True
+    module = sys.modules.get(module_name)
+    return parent != "" and module is not None and getattr(module, "__file__", None) is None
+
+
+def by_value(thing: types.FunctionType | type) -> tuple[bytes, bytes]:
+    """``(digest, code)`` of a function or class, with its globals as they are now.
+
+    Raises:
+        Exception: whatever pickling a captured variable raises.
+    """
+    code = cloudpickle.dumps(thing)
+    return hashlib.blake2b(code, digest_size=16).digest(), code

@@ -1,0 +1,72 @@
+"""Frames: how commands and replies are cut out of a byte stream. Used on both sides.
+
+A frame is a 20-byte header and a body::
+
+    version  u8    refused when it is not ours
+    kind     u8    which command or reply
+    flags    u16   see the constants below
+    length   u32   bytes of the body
+    sequence u64   commands: number of the command; replies: number of the command answered
+    check    u32   complement of length: a stream out of step is noticed at once
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+VERSION = 1
+HEADER = struct.Struct("<BBHIQI")
+LARGEST_BODY_BYTES = 1 << 31
+
+HAS_TENSORS = 1
+"""Flag: the body starts with a table of the tensors it refers to."""
+PLAIN = 2
+"""Flag: the body refers to nothing outside itself; the ordinary unpickler will do."""
+SHARED = 4
+"""Flag: the receiver keeps the tensors of this message in its arena."""
+KEEP = 8
+"""Flag: the result of this call is kept as an object."""
+
+
+class ProtocolError(Exception):
+    """The stream does not hold a frame where one must be; the connection is of no use any more."""
+
+
+class Frame(NamedTuple):
+    """One message."""
+
+    kind: int
+    flags: int
+    sequence: int
+    body: bytes
+
+
+def pack(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    """The bytes of a frame.
+
+    Raises:
+        ValueError: the body is 2 GiB or larger (tensors never are: they go through the arena).
+    """
+    length = len(body)
+    if length >= LARGEST_BODY_BYTES:
+        raise ValueError(f"a message of {length} bytes is too large; send large data as tensors")
+    return HEADER.pack(VERSION, kind, flags, length, sequence, length ^ 0xFFFFFFFF) + body
+
+
+def unpack(data: bytes, start: int) -> Iterator[tuple[Frame, int]]:
+    """Yield ``(frame, end)`` for every whole frame in ``data`` from ``start`` on.
+
+    Raises:
+        ProtocolError: wrong version, wrong check word, or an impossible length.
+    """
+    end = len(data)
+    size = HEADER.size
+    while start + size <= end:
+        version, kind, flags, length, sequence, check = HEADER.unpack_from(data, start)
+        if version != VERSION or check != length ^ 0xFFFFFFFF or length >= LARGEST_BODY_BYTES:
+            raise ProtocolError(f"no frame at byte {start}: version {version}, length {length}")
+        stop = start + size + length
+        if stop > end:
+            return
+        yield Frame(kind, flags, sequence, data[start + size : stop]), stop
+        start = stop

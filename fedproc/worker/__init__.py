@@ -1,0 +1,1 @@
+"""What a worker process runs. Imported by nothing on the parent's side."""

@@ -1,0 +1,79 @@
+"""Exceptions as data: what a worker tells of a failed command. Runs in the worker.
+
+The class travels as a pickle (by value when it is of ``__main__``), attributes where they can be
+pickled, the traceback as text without the frames of fedproc's own loop. What cannot be pickled
+degrades to text: a failure is always reported.
+"""
+
+import io
+import pickle
+import traceback
+from typing import Any
+
+import cloudpickle
+
+from fedproc.errors import FedprocError, RemoteError
+from fedproc.wire.commands import Failure
+
+LONGEST_TEXT = 64 * 1024
+"""Characters of a message or traceback that are kept."""
+
+_OWN_FRAMES = ("/fedproc/worker/",)
+
+
+def describe(error: BaseException, *, private: bool) -> Failure:
+    """The failure as data.
+
+    Args:
+        error: what was raised.
+        private: a private object was in use: only class and place are told, no message.
+    """
+    own = isinstance(error, FedprocError) and not isinstance(error, RemoteError)
+    return Failure(
+        own=_pickled(error) if own else None,
+        kind=_pickled(type(error)) if isinstance(error, Exception) else None,
+        name=type(error).__qualname__,
+        message="" if private else _text(error),
+        traceback=_traceback(error, private=private),
+        state=None if private else _pickled(_attributes(error)),
+    )
+
+
+def _attributes(error: BaseException) -> dict[str, Any]:
+    kept = {}
+    for name, value in vars(error).items():
+        if not name.startswith("_") and _pickled(value) is not None:
+            kept[name] = value
+    return kept
+
+
+def _pickled(thing: Any) -> bytes | None:
+    """A pickle that loads again here; None if there is no such thing."""
+    try:
+        data = cloudpickle.dumps(thing)
+        if not isinstance(thing, type):
+            pickle.Unpickler(io.BytesIO(data)).load()
+    except Exception:  # hostile __reduce__ and __setstate__ raise anything; degrade to text
+        return None
+    return data if len(data) <= LONGEST_TEXT else None
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:LONGEST_TEXT]
+    except Exception as broken:  # a user's __str__ may raise anything
+        return f"<its message cannot be shown: {type(broken).__name__}>"
+
+
+def _traceback(error: BaseException, *, private: bool) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    kept = [f for f in frames if not any(own in f.filename for own in _OWN_FRAMES)]
+    if private:
+        lines = [f'  File "{f.filename}", line {f.lineno}, in {f.name}\n' for f in kept]
+        return "".join(["Traceback (most recent call last):\n", *lines, type(error).__qualname__])
+    shown = traceback.TracebackException.from_exception(error)
+    shown.stack = traceback.StackSummary.from_list(kept)
+    try:
+        return "".join(shown.format())[-LONGEST_TEXT:]
+    except Exception:  # a __str__ that raises, once more
+        return "".join(traceback.format_list(kept)) + type(error).__qualname__

@@ -1,0 +1,181 @@
+"""The state of one worker, and how messages are read into it and written from it.
+
+Runs in the worker. A ``Host`` belongs to one thread: the one that runs the loop.
+"""
+
+import io
+import os
+import pickle
+import socket
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedproc.errors import NotShippableError, ObjectGoneError
+from fedproc.memory.arena import Arena, Mapped
+from fedproc.memory.tensors import (
+    INLINE_BYTES,
+    Exporter,
+    Packer,
+    Place,
+    Table,
+    place_bytes,
+    read_place,
+    rebuild,
+)
+from fedproc.transport.base import WorkerSpec
+from fedproc.transport.channel import Channel
+from fedproc.wire import frames
+from fedproc.wire.codec import Decoder, Encoder
+from fedproc.wire.commands import KIND
+from fedproc.worker.store import Entry, ObjectStore, PoisonedError
+
+PARENT = "<parent>"
+"""Name of the parent's arena."""
+
+
+class Host:
+    """Objects, memory and channel of a worker."""
+
+    def __init__(self, spec: WorkerSpec, channel: Channel, side: socket.socket) -> None:
+        """Create the arena and tell the parent its descriptor."""
+        self.spec = spec
+        self.channel = channel
+        self.side = side
+        self.store = ObjectStore(spec.name)
+        self.arena = Arena(spec.name, spec.memory_limit)
+        self.mapped: dict[str, Mapped] = {}
+        self.definitions: dict[bytes, bytes] = {}
+        self.exports: dict[int, Exporter] = {}
+        self.used: list[Entry] = []
+        self.trouble: Exception | None = None
+        self.commands = 0
+        self.stopped = False
+
+    # ---- reading
+
+    def decode(self, frame: frames.Frame) -> tuple[Any, ...]:
+        """The fields of a command; entries it refers to are noted in ``used``."""
+        if frame.flags & frames.PLAIN:
+            fields: tuple[Any, ...] = pickle.loads(frame.body)
+            return fields
+        fields = self.load(frame.body, frame.flags, PARENT)
+        return fields
+
+    def load(self, body: bytes, flags: int, source: str) -> Any:
+        """Unpickle ``body``; its tensors lie in the arena named ``source``."""
+        stream = io.BytesIO(body)
+        tensors: list[torch.Tensor] = []
+        if flags & frames.HAS_TENSORS:
+            table: Table = pickle.load(stream)
+            shared = bool(flags & frames.SHARED)
+            tensors = rebuild(table, lambda place: self._copy(place, source, shared=shared))
+
+        def external(pid: int) -> Any:
+            if pid <= 0:
+                return tensors[-pid]
+            try:
+                entry = self.store.entry(pid)
+            except (ObjectGoneError, PoisonedError) as error:
+                # Raised by the loop once the whole command is read.
+                self.trouble = self.trouble or error
+                return None
+            self.used.append(entry)
+            return entry.value
+
+        return Decoder(stream, external, self.definitions).load()
+
+    def _copy(self, place: Place, source: str, *, shared: bool) -> torch.Tensor:
+        nbytes = place_bytes(place)
+        if shared:
+            target = torch.from_numpy(self.arena.lease(self.arena.allocate(nbytes)))
+        else:
+            target = torch.empty(nbytes, dtype=torch.uint8)
+        mapped = self.mapped.get(source)
+        return read_place(place, mapped.view if mapped else _nowhere, target)
+
+    # ---- writing
+
+    def encode(self, value: Any, inline_bytes: int = INLINE_BYTES) -> tuple[int, bytes, Exporter]:
+        """``(flags, body, exporter)`` of a value on its way out.
+
+        Raises:
+            NotShippableError: it cannot be pickled.
+        """
+        packer, exporter = Packer(), Exporter(self.arena, inline_bytes)
+        encoder = Encoder({torch.Tensor: packer.add, nn.Parameter: packer.add}, nest_code=True)
+        try:
+            body = encoder.encode(value)
+        except Exception as error:
+            raise NotShippableError(
+                f"the {type(value).__qualname__} on worker {self.spec.name!r} cannot be pickled "
+                f"({type(error).__name__}: {error}), so it stays there. Fetch a part of it, or "
+                "run a function there that returns something plain."
+            ) from error
+        if not packer.tensors:
+            return 0, body, exporter
+        table = pickle.dumps(packer.table(exporter), protocol=5)
+        return frames.HAS_TENSORS, table + body, exporter
+
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Put a tensor's storage into the arena, where nobody else uses that storage.
+
+        A computed result is copied once then, and lent without a copy from then on. A storage
+        that views or autograd share stays where it is: they would be left behind.
+        """
+        storage = tensor.untyped_storage()
+        shared = self.arena.offset_of(storage.data_ptr()) is not None
+        alone = torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's and ours
+        if shared or not alone or storage.nbytes() == 0 or tensor.layout is not torch.strided:
+            return
+        stride = _dense(tensor)
+        if stride is None:
+            return
+        block = self.arena.allocate(storage.nbytes())
+        home = torch.from_numpy(self.arena.lease(block)).view(tensor.dtype)
+        moved = torch.empty(0, dtype=tensor.dtype)
+        moved.set_(home.untyped_storage(), 0, tensor.shape, stride)
+        moved.copy_(tensor.detach())
+        tensor.data = moved
+
+    def reply(self, record: Any, sequence: int) -> None:
+        """Queue a reply."""
+        body = pickle.dumps(tuple(record), protocol=5)
+        self.channel.append(frames.pack(KIND[type(record)], frames.PLAIN, sequence, body))
+
+    # ---- other arenas
+
+    def attach(self, name: str, size_bytes: int) -> None:
+        """Map the arena whose descriptor waits on the side socket."""
+        _, received, _, _ = socket.recv_fds(self.side, 1, 1)
+        self.map(name, received[0], size_bytes)
+        os.close(received[0])
+
+    def map(self, name: str, fd: int, size_bytes: int) -> None:
+        """Map the arena ``fd``; a restarted worker's replaces the old one."""
+        old = self.mapped.pop(name, None)
+        if old is not None:
+            old.close()
+        self.mapped[name] = Mapped(fd, size_bytes)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.store.clear()
+        for exporter in self.exports.values():
+            exporter.release()
+        for mapped in self.mapped.values():
+            mapped.close()
+        self.arena.close()
+        self.side.close()
+        self.channel.close()
+
+
+def _dense(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The stride, where the tensor is all there is in its storage."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor.stride() if whole and tensor.storage_offset() == 0 else None
+
+
+def _nowhere(block: Any) -> Any:
+    raise RuntimeError(f"{block} lies in an arena that is not attached")

@@ -1,0 +1,129 @@
+"""The loop of a worker: receive, execute, reply. The only one there is. Runs in the worker."""
+
+import contextlib
+import select
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from fedproc.wire import commands
+from fedproc.wire.frames import Frame
+from fedproc.worker import failure, privacy
+from fedproc.worker.handlers import HANDLERS
+from fedproc.worker.host import Host
+from fedproc.worker.store import PoisonedError
+
+REPORT_SECONDS = 0.001
+"""A command that took longer is reported as done at once, a shorter one with those after it."""
+REPORT_COMMANDS = 64
+
+Turn = Callable[..., AbstractContextManager[Any]]
+_RUNS = (commands.KIND[commands.Call], commands.KIND[commands.Compute])
+_QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
+_NO_RESULT = frozenset(
+    commands.KIND[record]
+    for record in (commands.Remove, commands.Free, commands.Release, commands.Define,
+                   commands.Attach, commands.Stop)
+)  # fmt: skip
+
+
+def serve(host: Host, turn: Turn | None = None) -> None:
+    """Serve until told to stop or the parent is gone.
+
+    Args:
+        host: the worker.
+        turn: entered around every command (inline workers share the parent's generators).
+    """
+    channel = host.channel
+    loop = Loop(host, turn)
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    while not (host.stopped or channel.ended):
+        if channel.unsent:
+            poll.modify(channel, select.POLLIN | select.POLLOUT)
+            poll.poll()
+            channel.flush()
+            poll.modify(channel, select.POLLIN)
+        else:
+            poll.poll()
+        channel.receive(loop.execute)
+        loop.report()
+
+
+class Loop:
+    """Executes frames and reports them."""
+
+    def __init__(self, host: Host, turn: Turn | None) -> None:
+        """For one host."""
+        self._host = host
+        self._turn = turn
+        self._last = 0
+        self._reported = 0
+        self._unreported = 0
+
+    def execute(self, frame: Frame) -> None:
+        """Execute one command; whatever it raises becomes a reply."""
+        host = self._host
+        if host.stopped:
+            return
+        started = time.perf_counter()
+        host.commands += 1
+        self._last = max(self._last, frame.sequence)  # a Release has none
+        self._unreported += 1
+        try:
+            fields = host.decode(frame)
+            if host.trouble is not None:
+                raise host.trouble
+            if self._turn is None or frame.kind not in _RUNS:
+                HANDLERS[frame.kind](host, frame, fields)
+            else:
+                with self._turn(strict=_is_client(host)):
+                    HANDLERS[frame.kind](host, frame, fields)
+            del fields
+        except BaseException as error:  # answers the request: nothing may end the loop
+            self._fail(frame, error)
+        host.trouble = None
+        host.used.clear()
+        if _QUERY[frame.kind]:
+            self._reported = frame.sequence
+            self._unreported = 0
+            _flush(host)
+        elif self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        """Tell how far we are."""
+        if self._last > self._reported:
+            self._host.reply(commands.Done(), self._last)
+            self._reported = self._last
+            self._unreported = 0
+        _flush(self._host)
+
+    def _fail(self, frame: Frame, error: BaseException) -> None:
+        host = self._host
+        cause, told = frame.sequence, None
+        if isinstance(error, PoisonedError):
+            cause = error.cause
+        else:
+            told = failure.describe(error, private=privacy.any_private(host.used))
+        if frame.kind not in _NO_RESULT and not _QUERY[frame.kind]:
+            host.store.bury(frame.sequence, cause)
+        if _QUERY[frame.kind]:
+            host.reply(commands.Refusal(cause, told), frame.sequence)
+        else:
+            host.reply(commands.Failed(cause, told), frame.sequence)
+
+
+def _is_client(host: Host) -> bool:
+    """Whether a federated client trains: nobody may borrow its random generators."""
+    return any(type(e.value).__module__.startswith("fedproc.client.") for e in host.used)
+
+
+def _flush(host: Host) -> None:
+    # What a command printed is seen before its result.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    host.channel.flush()

@@ -1,0 +1,121 @@
+"""Where a worker starts: as a process of its own, or as a thread of the parent (inline).
+
+Runs in the worker. A process has been forked by the zygote, or executed by ``start_executed``
+where forking is not safe.
+"""
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from fedproc.transport.base import WorkerSpec
+from fedproc.transport.channel import Channel
+from fedproc.wire import frames
+from fedproc.wire.commands import KIND, Failed, Ready
+from fedproc.worker import failure
+from fedproc.worker.host import PARENT, Host
+from fedproc.worker.lifeline import hold_lifeline
+from fedproc.worker.loop import serve
+from fedproc.worker.randomness import Turns, derive, seed_all
+
+
+class Surroundings(NamedTuple):
+    """What a worker process takes over from its parent."""
+
+    directory: str
+    environment: dict[str, str]
+    path: list[str]
+    arena_size: int
+
+
+class Descriptors(NamedTuple):
+    """The descriptors a worker process is given, in the order they are passed."""
+
+    data: int
+    side: int
+    lifeline: int
+    arena: int
+    stdout: int
+    stderr: int
+
+
+def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) -> None:
+    """Be a worker process; returns when the parent says stop or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hold_lifeline(given.lifeline)
+    _standard_streams(given)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(around.environment)
+    os.chdir(around.directory)
+    sys.path[:] = around.path
+    torch.set_num_threads(spec.threads)
+    seed_all(derive(spec.seed, spec.name))
+    channel = Channel(socket.socket(fileno=given.data))
+    side = socket.socket(fileno=given.side)
+    host = _open(spec, channel, side, given.arena, around.arena_size)
+    if host is not None:
+        serve(host)
+        channel.flush()
+
+
+def serve_inline(
+    spec: WorkerSpec, channel: Channel, side: socket.socket, arena_fd: int, arena_size: int
+) -> None:
+    """Be a worker in this thread; returns when told to stop, or killed."""
+    turns = Turns(derive(spec.seed, spec.name), spec.threads)
+    host = _open(spec, channel, side, arena_fd, arena_size)
+    if host is not None:
+        serve(host, turns.turn)
+        channel.flush()
+        host.close()
+
+
+def _open(
+    spec: WorkerSpec, channel: Channel, side: socket.socket, arena_fd: int, arena_size: int
+) -> Host | None:
+    """The host with the parent's arena mapped; the parent has been told either way."""
+    try:
+        host = Host(spec, channel, side)
+        host.map(PARENT, arena_fd, arena_size)
+        os.close(arena_fd)
+        torch.empty(0, device=spec.device)
+        socket.send_fds(side, [b"a"], [host.arena.fd])
+        host.reply(Ready(os.getpid(), host.arena.size_bytes), 0)
+    except Exception as error:  # answers the request to start
+        _reply_failed(channel, error)
+        return None
+    channel.flush()
+    return host
+
+
+def _reply_failed(channel: Channel, error: Exception) -> None:
+    body = pickle.dumps(tuple(Failed(0, failure.describe(error, private=False))))
+    channel.append(frames.pack(KIND[Failed], frames.PLAIN, 0, body))
+    channel.flush()
+
+
+def _standard_streams(given: Descriptors) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (given.stdout, 1), (given.stderr, 2)):
+        os.dup2(source, target)
+        os.close(source)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def start_executed(arguments: dict[str, Any]) -> None:
+    """Entry of a worker that was executed, not forked."""
+    for module in arguments["preload"]:
+        __import__(module)
+    spec, around, given = arguments["spec"], arguments["around"], arguments["given"]
+    serve_process(WorkerSpec(*spec), Surroundings(*around), Descriptors(*given))
+    sys.stdout.flush()
+    os._exit(0)

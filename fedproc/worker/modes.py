@@ -1,0 +1,33 @@
+"""Modes of the parent's thread that hold for the commands it issues. Runs in the worker.
+
+On the wire: ``None`` where everything is as usual, else ``(grad, inference, autocast, dtype)``
+with ``autocast`` = ``(dtype, cache)`` or None and ``dtype`` the default dtype.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
+    """Run under the parent's modes; the worker's come back afterwards."""
+    if modes is None:
+        yield
+        return
+    grad, inference, autocast, dtype = modes
+    with contextlib.ExitStack() as stack:
+        if inference:
+            stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if autocast is not None:
+            kind, cache = autocast
+            stack.enter_context(torch.autocast("cpu", dtype=kind, cache_enabled=cache))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

@@ -1,0 +1,151 @@
+"""borrow: zero-copy reading for the length of a block."""
+
+import time
+
+import psutil
+import pytest
+import torch
+
+import fedproc as fp
+from tests.contract.things import Counter, each, outcome
+
+MIB = 1 << 20
+
+
+def _own_memory():
+    info = psutil.Process().memory_info()
+    return info.rss - info.shared
+
+
+def test_borrowed_values_are_the_workers(bob, x):
+    p = bob.send(x)
+    with p.borrow() as t:
+        assert isinstance(t, torch.Tensor)
+        assert torch.equal(t, x)
+    assert torch.equal(p.get(), x)
+
+
+def test_borrowing_costs_no_memory_here(bob):
+    local = torch.ones(8 * MIB)
+    p = bob.send(local)
+    p.wait()
+    del local
+    before = _own_memory()
+    with p.borrow() as t:
+        assert t.sum().item() == 8 * MIB
+        grown = _own_memory() - before
+    assert grown < 16 * MIB
+
+
+def test_a_computed_result_can_be_borrowed(bob, x):
+    q = bob.send(x) * 2
+    for _ in range(2):
+        with q.borrow() as t:
+            assert t.tolist() == [2.0, 4.0, 6.0]
+    q.add_(1)
+    with q.borrow() as t:
+        assert t.tolist() == [3.0, 5.0, 7.0]
+
+
+def test_the_borrowed_tensor_is_detached(bob):
+    p = bob.send(torch.ones(2, requires_grad=True))
+    with p.borrow() as t:
+        assert t.requires_grad is False
+
+
+WRITES = {
+    "in-place method": lambda p, c: p.add_(1),
+    "item assignment": lambda p, c: p.__setitem__(0, 5.0),
+    "run": lambda p, c: p.worker.run(torch.Tensor.add_, p, 1),
+    "method of an object": lambda p, c: c.add(1),
+}
+
+
+def test_a_command_that_may_write_waits(bob, x):
+    assert each(WRITES, lambda write: _check_write(bob, x, write)) == {}
+
+
+def _check_write(bob, x, write):
+    p, c = bob.send(x), bob.send(Counter())
+    with p.borrow() as t:
+        result = write(p, c)
+        for _ in range(20):
+            assert torch.equal(t, x)
+            time.sleep(0.001)
+    if result is not None:
+        result.wait()
+    assert torch.equal(p.get(), x) is (
+        result is not None and write is WRITES["method of an object"]
+    )
+
+
+def test_what_follows_a_waiting_command_waits_too(bob, x):
+    p = bob.send(x)
+    with p.borrow():
+        p.add_(1)
+        q = p * 10
+        assert not q.done()
+    assert q.get().tolist() == [20.0, 30.0, 40.0]
+
+
+def test_waiting_for_a_held_command_raises_at_once(bob, x):
+    p = bob.send(x)
+    with p.borrow():
+        r = bob.run(torch.ones, 2)
+        start = time.monotonic()
+        with pytest.raises(fp.FedprocError):
+            r.get()
+        assert time.monotonic() - start < 2
+    assert r.get().tolist() == [1.0, 1.0]
+
+
+def test_reading_goes_on_inside_the_block(bob, x):
+    p = bob.send(x)
+    with p.borrow() as t:
+        assert (p + 1).fetch().tolist() == [2.0, 3.0, 4.0]
+        assert torch.equal(t, x)
+
+
+def test_other_workers_go_on_inside_the_block(bob, alice, x):
+    p = bob.send(x)
+    with p.borrow():
+        assert alice.run(torch.ones, 2).get().tolist() == [1.0, 1.0]
+
+
+def test_the_block_keeps_the_object_alive(bob, x):
+    with bob.send(x).borrow() as t:
+        assert len(bob.objects) == 1
+        assert torch.equal(t, x)
+    assert len(bob.objects) == 0
+
+
+def test_a_failed_borrow_names_the_users_line(bob, x):
+    bad = bob.send(x).view(7)
+    with pytest.raises(fp.RemoteError) as caught, bad.borrow():
+        pass
+    assert "test_borrow.py" in caught.value.issued_at
+
+
+def test_an_exception_in_the_block_ends_the_borrow(bob, x):
+    p = bob.send(x)
+    block = p.borrow()
+    block.__enter__()
+    p.add_(1)
+    block.__exit__(KeyError, KeyError("body"), None)
+    assert p.get().tolist() == [2.0, 3.0, 4.0]
+
+
+def test_after_the_block_the_tensor_reads_or_raises(bob, x):
+    p = bob.send(x)
+    with p.borrow() as t:
+        pass
+    p.get()
+    bob.run(torch.ones, 100_000).get()
+    seen = outcome(lambda: t.sum().item())
+    assert isinstance(seen, (float, Exception))
+
+
+def test_a_moved_tensor_can_be_borrowed(bob, alice, x):
+    p = bob.send(x).move(alice)
+    with p.borrow() as t:
+        assert torch.equal(t, x)

@@ -1,0 +1,162 @@
+"""Pointers to anything else: methods, attributes, items, truth; optimizers as objects."""
+
+import functools
+
+import pytest
+import torch
+
+import fedproc as fp
+from tests.contract.things import Counter, each
+
+
+@pytest.fixture
+def c(bob):
+    return bob.send(Counter(5))
+
+
+def test_methods_run_there_and_give_pointers(c, bob):
+    result = c.add(2, times=3)
+    assert result.worker is bob
+    assert result.get() == 11
+    assert c.add().get() == 12
+
+
+def test_attributes_are_fetched_by_get(c):
+    c.add(1).wait()
+    assert c.total.get() == 6
+    assert c.kind.get() == "counter"
+    assert c.total.fetch() == 6
+
+
+def test_tensors_are_taken_as_arguments(c, bob, x):
+    c.keep(bob.send(x)).wait()
+    assert torch.equal(c.tensor.get(), x)
+
+
+def test_methods_do_not_wait(c, bob, gate):
+    held = bob.run(gate.hold)
+    result = c.add(1)
+    assert not held.done()
+    gate.open()
+    assert result.get() == 6
+    held.wait()
+
+
+def test_items_len_and_iteration_of_a_sequence(bob):
+    p = bob.send([10, 20, 30])
+    assert p[1].get() == 20
+    assert p[-1].fetch() == 30
+    assert p[1:].get() == [20, 30]
+    assert len(p) == 3
+    assert [item.get() for item in p] == [10, 20, 30]
+
+
+def test_items_of_a_mapping(bob):
+    p = bob.send({"a": 1, "b": [2]})
+    assert p["a"].get() == 1
+    assert len(p) == 2
+    assert p["b"][0].get() == 2
+    assert p.get() == {"a": 1, "b": [2]}
+
+
+def test_tensors_inside_objects_are_tensor_pointers(bob, x):
+    p = bob.send({"x": x})
+    inner = p["x"]
+    assert isinstance(inner, fp.TensorPointer)
+    inner.add_(1)
+    assert p.get()["x"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_a_tuple_result_unpacks(bob):
+    a, b = bob.run(divmod, 7, 2)
+    assert (a.get(), b.get()) == (3, 1)
+
+
+def test_the_pointers_own_names_win(c, bob):
+    assert c.id != "the object's own id"
+    assert bob.run(getattr, c, "id").get() == "the object's own id"
+
+
+def test_underscore_names_are_an_attribute_error_here(c):
+    with pytest.raises(AttributeError):
+        c._hidden  # noqa: B018
+    assert not hasattr(c, "__wrapped__")
+
+
+def test_truth_is_the_objects(bob):
+    assert bool(bob.send([])) is False
+    assert bool(bob.send([0])) is True
+    assert bool(bob.send(0)) is False
+
+
+def test_equality_is_identity(bob):
+    p, q = bob.send([1]), bob.send([1])
+    assert (p == p) is True
+    assert (p == q) is False
+    assert (p != q) is True
+    assert len({p, q, p}) == 2
+
+
+def test_a_missing_name_is_the_remote_error(c):
+    with pytest.raises(fp.RemoteError, match="nothing"):
+        c.nothing.get()
+
+
+def test_a_method_that_raises(c):
+    bad = c.fail()
+    with pytest.raises(ValueError, match="counted too far") as caught:
+        bad.get()
+    assert isinstance(caught.value, fp.RemoteError)
+    assert c.total.get() == 5
+
+
+def test_a_result_that_cannot_travel_stays_usable(bob):
+    p = bob.run(iter, [1, 2])
+    lines = bob.run(lambda: (n * n for n in range(3)))
+    with pytest.raises(fp.NotShippableError):
+        lines.get()
+    assert bob.run(next, lines).get() == 0
+    assert bob.run(next, lines).get() == 1
+    assert bob.run(next, p).get() == 1
+
+
+OPTIMIZERS = {
+    "SGD": functools.partial(torch.optim.SGD, lr=0.1),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Adam": functools.partial(torch.optim.Adam, lr=0.05),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.05),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01),
+}
+
+
+def test_optimizers_work_as_objects(bob):
+    def check(kind):
+        local = torch.tensor([3.0, -2.0], requires_grad=True)
+        w = bob.send(local)
+        opt, local_opt = bob.run(kind, [w]), kind([local])
+        for weight, optimizer in ((w, opt), (local, local_opt)):
+            for _ in range(4):
+                optimizer.zero_grad()
+                (weight**2).sum().backward()
+                optimizer.step()
+        assert torch.equal(w.get(), local)
+
+    assert each(OPTIMIZERS, check) == {}
+
+
+def test_schedulers_work_as_objects(bob):
+    w = bob.send(torch.ones(1, requires_grad=True))
+    opt = bob.run(torch.optim.SGD, [w], lr=1.0)
+    schedule = bob.run(torch.optim.lr_scheduler.StepLR, opt, step_size=1, gamma=0.5)
+    for _ in range(3):
+        opt.zero_grad()
+        w.sum().backward()
+        opt.step()
+        schedule.step()
+    assert w.item() == 1.0 - (1.0 + 0.5 + 0.25)
+
+
+def test_an_optimizer_of_pointers_elsewhere_is_refused(alice, bob):
+    w = bob.send(torch.ones(1, requires_grad=True))
+    with pytest.raises(fp.PlacementError):
+        alice.run(torch.optim.SGD, [w], lr=0.1)

@@ -1,0 +1,56 @@
+"""The plain sequential loop that federated averaging must equal, bit for bit.
+
+No cluster, no pointers, no flat blocks: only PyTorch. Run it with one torch thread.
+"""
+
+import copy
+import random
+
+import numpy as np
+import torch
+
+from fedproc.client.seeding import derive_seed
+
+
+def sequential_fedavg(model, shards, loss, optimizer, *, rounds, seed=0, uniform=False, **epochs):
+    """Trains on ``shards`` (client -> (x, y)) one after the other; returns the last model."""
+    model = copy.deepcopy(model)
+    for number in range(1, rounds + 1):
+        total, weights = {}, 0.0
+        for client, (x, y) in shards.items():
+            local = copy.deepcopy(model).train()
+            train_client(local, x, y, loss, optimizer, (seed, number, client), **epochs)
+            weight = 1.0 if uniform else float(len(x))
+            weights += weight
+            for name, value in named_tensors(local):
+                add(total, name, value, weight)
+        for name, value in named_tensors(model):
+            mean = total[name] / weights if value.is_floating_point() else total[name]
+            value.copy_(mean)
+    return model
+
+
+@torch.no_grad()
+def add(total, name, value, weight):
+    if value.is_floating_point():
+        total[name] = total.get(name, 0.0) + value.double() * weight
+    else:
+        total[name] = torch.maximum(total.get(name, value), value)
+
+
+def named_tensors(model):
+    trained = [(name, p.data) for name, p in model.named_parameters() if p.requires_grad]
+    return [*trained, *model.named_buffers()]
+
+
+def train_client(model, x, y, loss, optimizer, key, epochs=1, batch_size=32, shuffle=True):
+    seed = derive_seed(*key, "streams")
+    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(derive_seed(*key, "shuffle"))
+    steps = optimizer([p for p in model.parameters() if p.requires_grad])
+    for _ in range(epochs):
+        rows = torch.randperm(len(x), generator=order) if shuffle else torch.arange(len(x))
+        for batch in rows.split(batch_size or len(x)):
+            steps.zero_grad()
+            loss(model(x[batch]), y[batch]).backward()
+            steps.step()

@@ -1,0 +1,37 @@
+"""Every example runs to its end, silently on stderr, and writes only where it was started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+SLOW = {"digits.py"}
+SLOW_S = 240
+QUICK_S = 50
+
+
+def timed(name: str):
+    marks = [pytest.mark.slow, pytest.mark.timeout(SLOW_S + 10)] if name in SLOW else []
+    return pytest.param(name, SLOW_S if name in SLOW else QUICK_S, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [timed(name) for name in EXAMPLES])
+def test_example_runs(name, seconds, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout, "an example shows something"
+
+
+def test_the_examples_of_the_readme_exist():
+    assert {"bob_and_alice.py", "digits.py", "pointers.py"} <= set(EXAMPLES)

@@ -1,0 +1,152 @@
+"""Random sequences of calls on an arena, checked against a list of what must be alive."""
+
+import mmap
+from bisect import bisect_left
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fedproc.errors import ArenaFullError
+from fedproc.memory.arena import Arena, Block, Mapped
+
+LIMIT = 96 * 2**20
+EDGE = 256
+PAGE = mmap.PAGESIZE
+
+CLASSES = sorted(
+    {
+        size
+        for power in range(6, 25)
+        for quarters in (4, 5, 6, 7)
+        if (size := 2**power * quarters // 4) % (64 if size < 4096 else PAGE) == 0
+    }
+    | {2**25}
+)
+
+SIZES = st.one_of(
+    st.integers(0, 300),
+    st.integers(3000, 5000),
+    st.integers(16_000, 100_000),
+    st.integers(2**17, 2**22),
+    st.integers(2**24, 2**26),
+    st.sampled_from(CLASSES),
+)
+
+
+def rounded(nbytes: int) -> int:
+    """What a block of ``nbytes`` must take."""
+    if nbytes > CLASSES[-1]:
+        return (nbytes + PAGE - 1) // PAGE * PAGE
+    return CLASSES[bisect_left(CLASSES, nbytes)]
+
+
+class Held(NamedTuple):
+    block: Block
+    view: np.ndarray  # of a lease: what keeps it alive
+    leased: bool
+    mark: int
+
+
+def stamp(view: np.ndarray, mark: int) -> None:
+    """Write the ends only: large blocks would cost memory and time."""
+    view[:EDGE] = mark
+    view[-EDGE:] = mark
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena("machine", LIMIT)
+        self.mapped = Mapped(self.arena.fd, self.arena.size_bytes)
+        self.held: list[Held] = []
+        self.freed: Block | None = None
+        self.marks = 0
+
+    @rule(nbytes=SIZES, leased=st.booleans())
+    def allocate(self, nbytes, leased):
+        try:
+            block = self.arena.allocate(nbytes)
+        except ArenaFullError:
+            assert sum(rounded(held.block.nbytes) for held in self.held) + nbytes > LIMIT // 4
+            return
+        assert block.nbytes == nbytes
+        view = self.arena.lease(block) if leased else self.arena.write_view(block)
+        self.marks = self.marks % 255 + 1
+        stamp(view, self.marks)
+        self.held.append(Held(block, view[:] if leased else view, leased, self.marks))
+
+    @rule(nbytes=st.integers(0, 5000), count=st.integers(2, 60))
+    def allocate_many(self, nbytes, count):
+        for _ in range(count):
+            self.allocate(nbytes, leased=False)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def let_go(self, data):
+        self.drop(data.draw(st.integers(0, len(self.held) - 1)))
+
+    @precondition(lambda self: len(self.held) > 5)
+    @rule(step=st.integers(2, 4), offset=st.integers(0, 3))
+    def let_go_of_some(self, step, offset):
+        for place in sorted(range(offset % step, len(self.held), step), reverse=True):
+            self.drop(place)
+
+    def drop(self, place):
+        held = self.held.pop(place)
+        if held.leased:
+            with pytest.raises(ValueError, match="leased"):
+                self.arena.free(held.block)
+        else:
+            self.arena.free(held.block)
+        self.freed = held.block
+
+    @precondition(lambda self: self.freed and all(h.block != self.freed for h in self.held))
+    @rule()
+    def free_twice(self):
+        with pytest.raises(ValueError, match="not allocated"):
+            self.arena.free(self.freed)
+
+    @rule()
+    def collect(self):
+        self.arena.collect()
+
+    @rule()
+    def use_everything(self):
+        """Once all is free, all of it can be had in one piece."""
+        while self.held:
+            self.drop(-1)
+        self.arena.free(self.arena.allocate(LIMIT))
+
+    @invariant()
+    def used_bytes_are_exact(self):
+        assert self.arena.used_bytes == sum(rounded(held.block.nbytes) for held in self.held)
+
+    @invariant()
+    def blocks_are_apart_aligned_and_inside(self):
+        end = 0
+        for block in sorted(held.block for held in self.held):
+            assert block.offset >= end
+            assert block.offset % (64 if block.nbytes < 4096 else PAGE) == 0
+            end = block.offset + rounded(block.nbytes)
+        assert end <= LIMIT
+
+    @invariant()
+    def contents_are_undisturbed(self):
+        for held in self.held:
+            for view in (held.view, self.mapped.view(held.block)):
+                assert (view[:EDGE] == held.mark).all()
+                assert (view[-EDGE:] == held.mark).all()
+
+    def teardown(self):
+        self.use_everything()
+        assert self.arena.used_bytes == 0
+        self.mapped.close()
+        self.arena.close()
+
+
+ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestArena = ArenaMachine.TestCase
