@@ -1,8 +1,8 @@
 """Federated averaging on real data: ten clients learn to read handwritten digits together.
 
-scikit-learn's 1,797 digits of 8 x 8 pixels, 20 % of them held out for the test. The rest lies with ten
-clients who see the classes in very unequal parts (Dirichlet 0.5). Nobody's digits leave their
-worker process: only models travel.
+scikit-learn's 1,797 digits of 8 x 8 pixels; 20 % of them are held out for the test. The others lie
+with ten clients who have the classes in very unequal parts (Dirichlet 0.5). Each client trains on
+its own digits in a worker process; only models travel.
 
     python examples/digits.py [accuracy.png]
 """

@@ -68,13 +68,16 @@ _NAMES = {
     "client.training": "LocalTraining TrainContext",
     "cluster.averaging": "weighted_average",
     "cluster.cluster": "Cluster",
-    "errors": "ArenaFullError CheckpointError ClosedError CommandTimeoutError FedprocError NotPermittedError NotShippableError ObjectGoneError PlacementError QuorumError RemoteError WorkerLostError WorkerNotFoundError WorkerStartError",
+    "errors": """ArenaFullError CheckpointError ClosedError CommandTimeoutError FedprocError
+        NotPermittedError NotShippableError ObjectGoneError PlacementError QuorumError RemoteError
+        WorkerLostError WorkerNotFoundError WorkerStartError""",
     "federated.aggregator": "Aggregator",
     "federated.data": "FederatedDataset federate",
     "federated.determinism": "verify_determinism",
     "federated.history": "Evaluation History RoundRecord",
     "federated.loader": "FederatedDataLoader",
-    "federated.strategies": "FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi GeometricMedian Krum Median Scaffold TrimmedMean",
+    "federated.strategies": """FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi
+        GeometricMedian Krum Median Scaffold TrimmedMean""",
     "remote.group": "PointerGroup as_completed gather group",
     "remote.hook": "hook_torch unhook_torch",
     "remote.module": "ModulePointer",

@@ -30,7 +30,6 @@ from collections.abc import Callable
 from signal import Signals
 from typing import Any
 
-
 _GROUP: type = getattr(builtins, "BaseExceptionGroup", type(None))
 """Python 3.11 has exception groups."""
 
@@ -168,7 +167,9 @@ def remote_error(original: type[BaseException] | None, message: str, **facts: An
 def _restore_remote(
     original: type[BaseException] | None, args: tuple[Any, ...], state: dict[str, Any]
 ) -> BaseException:
-    mixed = _remote_class(original) if original is not None else RemoteError
+    mixed: type[BaseException] = RemoteError
+    if original is not None:
+        mixed = _remote_class(original)  # type: ignore[arg-type]  # mypy: a class is hashable
     return _restore(mixed, args, state)
 
 

@@ -6,12 +6,15 @@ workers, so that the sums are the same bits wherever a chunk was computed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
 
     from fedproc.client.training import Loss
@@ -78,3 +81,25 @@ def _correct(outputs: object, targets: Tensor) -> int | None:
         return None
     assert isinstance(outputs, torch.Tensor)
     return int((outputs.argmax(dim=1) == targets).sum())
+
+
+def merged(sums: Sequence[ChunkSums], least_rows: int) -> ChunkSums:
+    """Adds up the chunks of one client.
+
+    Args:
+        sums: The chunks.
+        least_rows: Fewer rows than this give no numbers: a mean over few rows tells of each.
+    """
+    rows = sum(part.rows for part in sums)
+    losses = [part.loss_sum for part in sums if part.loss_sum is not None]
+    correct = [part.correct for part in sums if part.correct is not None]
+    if rows < least_rows:
+        return ChunkSums(rows, None, None)
+    return ChunkSums(rows, exact_sum(losses) if losses else None, sum(correct) if correct else None)
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """Adds numbers without rounding in between; NaN and infinities win instead of raising."""
+    if all(math.isfinite(value) for value in values):
+        return math.fsum(values)
+    return sum(values)

@@ -10,17 +10,18 @@ import copy
 import numbers
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedproc.client.evaluation import ChunkSums, evaluate_chunks
+from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.layout import Layout
 from fedproc.client.rules import LocalRule, step_norm
 from fedproc.client.seeding import derive_seed, generator_for, seeded_streams, torch_threads
 from fedproc.client.training import LocalTraining, TrainContext, TrainFunction, run_local_epochs
 from fedproc.client.update import Task, Update
+from fedproc.errors import NotPermittedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,12 +49,15 @@ class Work:
         rule: The gradient correction of the strategy, or None.
         threads: Torch threads while a client trains; None keeps what the worker has.
         device: Where the resident model and the batches live.
+        private_rows: The data are private: numbers leave only as means over so many rows, and
+            what a custom function keeps may not leave. None: they are not.
     """
 
     local: LocalTraining | TrainFunction
     rule: LocalRule | None = None
     threads: int | None = 1
     device: str = "cpu"
+    private_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +97,18 @@ class Trainer:
         self._resident = self._make_resident()
 
     def train(
-        self, block: Tensor, task: Task, shared: Mapping[str, Tensor] | None = None
+        self,
+        block: Tensor,
+        task: Task,
+        state: dict[str, Any] | None = None,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> Update:
         """Trains one client from the global model.
 
         Args:
             block: The global model: uint8, shape (nbytes,), read only.
             task: Which client, which round.
+            state: What the client kept from its last accepted update; may be written to.
             shared: What the strategy sent to all clients of the round.
 
         Raises:
@@ -109,40 +118,58 @@ class Trainer:
         with self._loaded(block, seed) as model:
             model.train()
             if isinstance(self._work.local, LocalTraining):
-                update = self._run_epochs(model, self._work.local, task, shared or {})
+                update = self._run_epochs(
+                    model, self._work.local, task, (state or {}, shared or {})
+                )
             else:
-                update = self._run_function(model, self._work.local, task)
+                update = self._run_function(model, self._work.local, task, state or {})
         where = self._layout.non_finite(update.block)
         if where is not None:
             raise FloatingPointError(
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
             )
-        return update
+        return self._may_leave(update)
+
+    def _may_leave(self, update: Update) -> Update:
+        """Takes out what may not leave a worker with private data."""
+        least = self._work.private_rows
+        if least is None:
+            return update
+        if update.state and not isinstance(self._work.local, LocalTraining):
+            raise NotPermittedError(
+                "ctx.state of a client with private data would leave its worker; keep nothing"
+            )
+        if update.examples >= least:
+            return update
+        return replace(update, rows=0, loss_sum=0.0, metrics={})
 
     def evaluate(
         self,
         block: Tensor,
         rows: tuple[Tensor, Tensor],
         loss: Loss | None,
-        chunk_rows: int,
-        *,
-        outputs: bool = False,
+        chunks: tuple[int, bool],
     ) -> list[ChunkSums]:
         """Evaluates the global model on rows sent for it, see :func:`evaluate_chunks`.
 
-        ``loss`` is that of the local epochs if it is None.
+        ``loss`` is that of the local epochs if it is None; ``chunks`` are the rows of a chunk and
+        whether the outputs are wanted.
         """
         x, y = (part.to(self._device) for part in rows)
+        size, outputs = chunks
         with self._loaded(block, derive_seed("evaluation")) as model:
-            return evaluate_chunks(model, (x, y), loss or self._loss(), chunk_rows, outputs=outputs)
+            return evaluate_chunks(model, (x, y), loss or self._loss(), size, outputs=outputs)
 
     def evaluate_clients(
         self, block: Tensor, clients: Sequence[str], chunk_rows: int
-    ) -> dict[str, list[ChunkSums]]:
+    ) -> dict[str, ChunkSums]:
         """Evaluates the global model on the rows of clients of this worker."""
+        least = self._work.private_rows or 0
         with self._loaded(block, derive_seed("evaluation")) as model:
             return {
-                client: evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows)
+                client: merged(
+                    evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
+                )
                 for client in clients
             }
 
@@ -155,14 +182,19 @@ class Trainer:
         return x[span.start : span.stop], y[span.start : span.stop]
 
     def _run_epochs(
-        self, model: nn.Module, local: LocalTraining, task: Task, shared: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        local: LocalTraining,
+        task: Task,
+        known: tuple[Mapping[str, Any], Mapping[str, Tensor]],
     ) -> Update:
+        state, shared = known
         rows = self._rows(task.client)
         order = generator_for(task.seed, task.round, task.client, "shuffle")
         correction = None
         if self._work.rule is not None:
             parameters = self._layout.trained(model)
-            correction = self._work.rule.start(parameters, shared, task.state)
+            correction = self._work.rule.start(parameters, shared, state)
         correct = None if correction is None else correction.apply
         progress = run_local_epochs(model, rows, local, order, correct)
         assert progress.optimizer is not None
@@ -177,10 +209,12 @@ class Trainer:
             state={} if correction is None else correction.keep(progress),
         )
 
-    def _run_function(self, model: nn.Module, train: TrainFunction, task: Task) -> Update:
+    def _run_function(
+        self, model: nn.Module, train: TrainFunction, task: Task, state: dict[str, Any]
+    ) -> Update:
         x, y = self._rows(task.client)
         generator = generator_for(task.seed, task.round, task.client, "generator")
-        context = TrainContext(task.client, task.round, generator, task.state)
+        context = TrainContext(task.client, task.round, generator, state)
         # The function may write into its rows; the block keeps them as they are.
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:

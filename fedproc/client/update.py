@@ -20,13 +20,11 @@ class Task:
         client: Name of the client.
         round: Number of the round, from 1.
         seed: Seed of the run; every stream of the client derives from it.
-        state: What the client kept from its last accepted update.
     """
 
     client: str
     round: int
     seed: int
-    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

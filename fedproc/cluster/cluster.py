@@ -1,13 +1,12 @@
 """Cluster: worker processes by name. Runs in the parent; the class that users start with."""
 
 import atexit
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fedproc.cluster.supervision import Supervisor, make_transport, usable_cores
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
@@ -16,6 +15,9 @@ from fedproc.remote.group import PointerGroup, as_completed
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.worker import Worker
 from fedproc.transport.base import WorkerSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _open: "set[Cluster]" = set()
 
@@ -50,7 +52,7 @@ class Cluster:
         preload: Sequence[str] = (),
         restart: bool = False,
         transport: str = "process",
-        devices: Sequence[str | torch.device] | None = None,
+        devices: Sequence[Any] | None = None,
         min_rows: int = 10,
         start_timeout: float = 60.0,
     ) -> None:
@@ -68,16 +70,13 @@ class Cluster:
         self._closed = False
         self._lock = threading.RLock()
         each = threads or max(1, usable_cores() // len(names))
-        placed = [str(torch.device(device)) for device in devices or ["cpu"]]
+        placed = itertools.cycle(map(str, devices or ["cpu"]))
         self._specs = [
-            WorkerSpec(
-                name, seed, each, memory_limit, placed[i % len(placed)], transport == "inline"
-            )
-            for i, name in enumerate(names)
+            WorkerSpec(name, seed, each, memory_limit, device, transport == "inline")
+            for name, device in zip(names, placed, strict=False)
         ]
-        if isinstance(preload, str):
-            preload = (preload,)
-        made = make_transport(transport, tuple(preload), start_timeout)
+        modules = (preload,) if isinstance(preload, str) else tuple(preload)
+        made = make_transport(transport, modules, start_timeout)
         self._supervisor = Supervisor(made, start_timeout)
         try:
             started = self._supervisor.start(self._specs)
@@ -160,7 +159,7 @@ class Cluster:
             place, worker = running.pop(pointer)
             try:
                 results[place] = reading.value(pointer._data(), "map")
-            except Exception as error:  # raised below, the first in order
+            except Exception as error:  # noqa: BLE001 - raised below, the first in order
                 errors[place] = error
             idle.append(worker)
         if errors:
@@ -168,7 +167,7 @@ class Cluster:
         return results
 
     def search(self, *tags: str) -> dict[str, list[Any]]:
-        """Worker name -> pointers to its objects with all ``tags``; workers with none are left out."""
+        """Worker name -> pointers to its objects with all ``tags``; only workers that have some."""
         found = {worker.name: worker.search(*tags) for worker in self.workers}
         return {name: pointers for name, pointers in found.items() if pointers}
 
@@ -184,9 +183,9 @@ class Cluster:
             raise ClosedError("the cluster is closed, or another process's: nothing to wait for")
         links = [worker.link for worker in self._workers.values()]
         for link in links:
-            link.refuse_deadlock(link.last)
+            link.refuse_deadlock(link.outbox.last)
             link.flush()
-        targets = [(link, link.last) for link in links]
+        targets = [(link, link.outbox.last) for link in links]
         if not self._supervisor.hub.wait_until(
             lambda: all(link.executed(number) for link, number in targets), timeout
         ):
@@ -203,7 +202,7 @@ class Cluster:
     @property
     def messages(self) -> int:
         """Number of commands submitted to the workers so far."""
-        return sum(worker.link.submitted for worker in self._workers.values())
+        return sum(worker.link.outbox.submitted for worker in self._workers.values())
 
     # ---- the end
 
@@ -222,7 +221,7 @@ class Cluster:
             self._supervisor.end([worker.link for worker in self._workers.values()])
             self._supervisor.close()
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> "Self":
         """The cluster itself."""
         return self
 
@@ -260,7 +259,7 @@ def _names(workers: int | Iterable[str] | None) -> list[str]:
     if not names:
         raise ValueError("a cluster needs at least one worker: the list of names is empty")
     for name in names:
-        if not isinstance(name, str) or not name:
+        if not name or type(name) is not str:
             raise ValueError(f"a worker's name is a text that is not empty, not {name!r}")
         if names.count(name) > 1:
             raise ValueError(f"the name {name!r} is given twice; every worker needs its own")

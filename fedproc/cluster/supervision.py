@@ -5,14 +5,15 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
-import torch
 
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.remote.hub import Hub
-from fedproc.remote.link import Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
 from fedproc.remote.site import Site
 from fedproc.remote.worker import Worker
 from fedproc.transport.base import Transport, WorkerSpec
@@ -20,6 +21,9 @@ from fedproc.transport.inline import InlineTransport
 from fedproc.transport.process import ProcessTransport
 from fedproc.wire import commands
 
+LOCKSTEP_SECONDS = 0.05
+"""Inline workers share the parent's random generators: a quick command is done before the parent
+goes on, so that neither sees the other's draws. A slow one runs beside it, as in a process."""
 STOP_SECONDS = 2.0
 """How long a worker that was asked to stop may take, and again after SIGKILL."""
 
@@ -53,8 +57,7 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity, and the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
     try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         if quota != "max":
             cores = min(cores or 1, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
@@ -92,19 +95,22 @@ class Supervisor:
         except BaseException:
             self.end(links)
             raise
-        return [
-            Worker(link, torch.device(spec.device)) for link, spec in zip(links, specs, strict=True)
-        ]
+        return [Worker(link, spec.device) for link, spec in zip(links, specs, strict=True)]
 
     def _greet(self, link: Link, deadline: float) -> None:
         left = max(0.0, deadline - time.monotonic())
-        if not self.hub.wait_until(link.greeted, left):
+        inbox = link.inbox
+        if not self.hub.wait_until(
+            lambda: inbox.has(0) or inbox.failures.failed(0) or link.end is not None, left
+        ):
             raise WorkerStartError(
                 f"worker {link.name!r} did not answer within {self._timeout:g} s of its start. "
                 "Raise start_timeout, or look at what it printed."
             )
         try:
-            size = link.greeting()
+            inbox.failures.raise_for(0)
+            link.check()
+            size = int(inbox.open(0))  # of its arena
         except FedprocError as error:
             raise WorkerStartError(f"worker {link.name!r} could not start: {error}") from error
         link.side.settimeout(STOP_SECONDS)
@@ -112,8 +118,7 @@ class Supervisor:
         link.side.settimeout(None)
         link.mapped = Mapped(received[0], size)
         os.close(received[0])
-        # Inline workers share the parent's random generators: see link.LOCKSTEP_SECONDS.
-        link.lockstep = None if self._sync else link.usual_lockstep(inline=self._transport.inline)
+        link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
 
     def end(self, links: Sequence[Link]) -> None:
         """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""

@@ -6,7 +6,6 @@ clients keep, the history. A round is computed elsewhere and committed here as a
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 import time
@@ -14,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedproc.client.layout import Layout
 from fedproc.client.ranges import require_at_least, require_seed
 from fedproc.errors import QuorumError
 from fedproc.events import RoundFinished, RoundStarted, Sink, ignore
 from fedproc.federated import checkpoint, evaluation
 from fedproc.federated.crew import Crew
 from fedproc.federated.evaluation import EvaluationRows
+from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
-from fedproc.federated.round import Outcome, Rules, Start, play
+from fedproc.federated.round import Rules, Start, play
 from fedproc.federated.sampling import cohort_size, draw_cohort
 from fedproc.federated.strategies import FedAvg, State, Strategy
 from fedproc.federated.validation import require_choices, require_parts
@@ -30,7 +29,7 @@ from fedproc.federated.validation import require_choices, require_parts
 if TYPE_CHECKING:
     import os
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from fedproc.client.training import LocalTraining, Loss, TrainFunction
     from fedproc.federated.data import FederatedDataset
@@ -44,12 +43,25 @@ Weighting = Literal["examples", "uniform"]
 class Aggregator:
     """Trains one model on the data of many clients.
 
+    Args:
+        model: Where to start; it stays as it is.
+        data: The clients and their rows.
+        local: :class:`fedproc.LocalTraining`, or ``train(model, x, y, ctx) -> metrics``.
+        strategy: How updates become the next model.
+        clients_per_round: A fraction (float) or a number (int) of all clients.
+        weighting: ``"examples"``: by rows; ``"uniform"``: all alike.
+        seed: Decides every draw of cohorts and clients.
+        min_clients: Fewest accepted updates of a round.
+        retries: How often a client trains again whose worker was lost while it trained.
+        callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
+            ends :meth:`run`.
+
     Attributes:
-        model: The averaged model: one object for life, updated in place after every whole round.
-        data: The clients.
-        local: What a client does.
-        strategy: The server rule.
+        data, local, strategy: As given.
         history: Records of all rounds so far.
+
+    Raises:
+        ValueError: A value is outside of its range, or the strategy cannot work with the others.
     """
 
     def __init__(
@@ -66,25 +78,7 @@ class Aggregator:
         retries: int = 1,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        """Checks everything and copies the model; the workers get it with the first round.
-
-        Args:
-            model: Where to start; it stays as it is.
-            data: The clients and their rows.
-            local: :class:`fedproc.LocalTraining`, or ``train(model, x, y, ctx) -> metrics``.
-            strategy: How updates become the next model.
-            clients_per_round: A fraction (float) or a number (int) of all clients.
-            weighting: ``"examples"``: by rows; ``"uniform"``: all alike.
-            seed: Decides every draw of cohorts and clients.
-            min_clients: Fewest accepted updates of a round.
-            retries: How often a client trains again whose worker was lost while it trained.
-            callbacks: Called as ``callback(aggregator, record)`` after every round; returning
-                True ends :meth:`run`.
-
-        Raises:
-            ValueError: A value is outside of its range, or the strategy cannot work with the
-                others.
-        """
+        """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
         require_choices(weighting, callbacks)
         self._cohort_size = cohort_size(clients_per_round, len(data.clients))
@@ -94,8 +88,7 @@ class Aggregator:
             )
         strategy.check(local, self._cohort_size)
         self.data, self.local, self.strategy = data, local, strategy
-        self._layout = Layout.of(model)
-        self.model = copy.deepcopy(model)
+        self._global = GlobalModel(model)
         self._rules = Rules(
             strategy=strategy,
             weigh=float if weighting == "examples" else _one,
@@ -104,12 +97,18 @@ class Aggregator:
             retries=require_at_least("retries", retries, 0),
         )
         self._callbacks = tuple(callbacks)
-        self._crew = Crew(data, self.model, local, strategy.local_rule())
-        self._frozen = self._frozen_versions()
+        self._crew = Crew(data, self._global.module, local, strategy.local_rule())
         self._round = 0
-        self._state: State = strategy.initial(self._layout.flat_trained(self._block()))
+        self._state: State = strategy.initial(
+            self._global.layout.flat_trained(self._global.block())
+        )
         self._kept: dict[str, dict[str, Any]] = {}
         self.history = History()
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model: one object for life, updated in place after every whole round."""
+        return self._global.module
 
     def run(
         self,
@@ -178,7 +177,9 @@ class Aggregator:
             ValueError: There are no rows.
         """
         self._refresh()
-        return evaluation.evaluate(self._crew, self._block(), EvaluationRows(data), loss, metrics)
+        return evaluation.evaluate(
+            self._crew, self._global.block(), EvaluationRows(data), loss, metrics
+        )
 
     def evaluate_clients(self) -> dict[str, Evaluation]:
         """Evaluates the model on every client's own rows, where they are.
@@ -187,7 +188,7 @@ class Aggregator:
             Client -> evaluation; loss and accuracy of a client without rows are None.
         """
         self._refresh()
-        return evaluation.evaluate_clients(self._crew, self._block())
+        return evaluation.evaluate_clients(self._crew, self._global.block())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint; an older file is replaced as a whole, or stays as it is.
@@ -233,13 +234,15 @@ class Aggregator:
         size, seed = self._cohort_size, self._rules.seed
         cohort = draw_cohort(self.data.clients, size, seed, self._round)
         sink(RoundStarted(self._round, last, len(cohort)))
-        start = Start(self._round, cohort, self._block(), self._state, self._kept)
+        start = Start(self._round, cohort, self._global.block(), self._state, self._kept)
         try:
-            outcome = play(self._crew, self._layout, self._rules, start, sink)
+            outcome = play(self._crew, self._global.layout, self._rules, start, sink)
         except QuorumError:
             self._crew.dismiss()  # a trainer that could not be made must not stay
             raise
-        self._commit(outcome, start.block)
+        self._global.load(outcome.block)
+        self._state = outcome.state
+        self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
         record = outcome.record(
             start,
             seconds=time.perf_counter() - started,
@@ -247,46 +250,17 @@ class Aggregator:
         )
         self.history.append(record)
         if rows is not None:
-            found = evaluation.evaluate(self._crew, self._block(), rows, None, None)
+            found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
             record = replace(record, evaluation=found)
             self.history.replace_last(record)
         accuracy = record.evaluation.accuracy if record.evaluation else None
         sink(RoundFinished(record.round, record.loss, accuracy))
         return record
 
-    def _commit(self, outcome: Outcome, before: Tensor) -> None:
-        tensors = self._layout.tensors(self.model)
-        try:
-            self._layout.unpack(outcome.block, tensors)
-        except BaseException:  # an interrupt must not leave half of a round in the model
-            self._layout.unpack(before, tensors)
-            raise
-        self._state = outcome.state
-        self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
-
-    def _block(self) -> Tensor:
-        """Returns the model as it is now, in flat form."""
-        return self._layout.pack(self._layout.tensors(self.model), self._layout.new_block())
-
     def _refresh(self) -> None:
-        """Notices what the user did to the model since the last round.
-
-        Raises:
-            ValueError: Other parameters are trained now than at construction.
-        """
-        if Layout.of(self.model) != self._layout:
-            raise ValueError(
-                "parameters of aggregator.model were replaced, frozen or unfrozen since the "
-                "aggregator was made; make a new one from the changed model"
-            )
-        versions = self._frozen_versions()
-        if versions != self._frozen:
-            self._frozen = versions
+        """Notices what the user did to the model since the last round."""
+        if self._global.frozen_changed():
             self._crew.dismiss()
-
-    def _frozen_versions(self) -> list[int]:
-        """Counts changes in place of the parameters that travel only with a new trainer."""
-        return [p._version for p in self.model.parameters() if not p.requires_grad]
 
     def _stopped_by(self, record: RoundRecord) -> bool:
         answers = [callback(self, record) for callback in self._callbacks]

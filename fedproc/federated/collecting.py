@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fedproc.errors import ClosedError, FedprocError, WorkerLostError
-from fedproc.federated.passing import Promise, abandon, take, train_there
+from fedproc.federated.passing import Promise, abandon, call_there, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,15 +31,17 @@ _WINDOW_MOST: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What every client of a round starts from.
+    """What the clients of a round start from.
 
     Attributes:
         block: The global model: uint8, shape (nbytes,).
         shared: What the strategy sends to all clients besides.
+        kept: Client -> what it kept; clients without anything are missing.
     """
 
     block: Tensor
     shared: Mapping[str, Tensor]
+    kept: Mapping[str, Mapping[str, Any]]
 
 
 class Collector:
@@ -63,11 +65,11 @@ class Collector:
         self._order = {client: place for place, client in enumerate(tasks)}
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
-        self._trained: set[str] = set()
         # by worker: clients to submit, and updates on their way in the order of their commands
         self._homes: dict[str, str] = {}
         self._queues: dict[str, deque[str]] = {}
         self._pending: dict[str, dict[str, Promise]] = {}
+        self._training: dict[str, deque[str]] = {}
         self._sent: dict[str, tuple[Any, Any]] = {}
         fitting = _WINDOW_BYTES // max(1, len(broadcast.block))
         self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, fitting))
@@ -100,14 +102,16 @@ class Collector:
 
     def _fetch(self, client: str) -> None:
         """Takes one update home; every failure but a loss is the client's own."""
-        pending = self._pending[self._homes[client]]
+        promise = self._pending[self._homes[client]].pop(client)
         try:
-            self._arrived[client] = take(pending[client])
-        except (WorkerLostError, ClosedError):
+            self._arrived[client] = take(promise)
+        except ClosedError:
+            raise
+        except WorkerLostError:
+            self._queues[self._homes[client]].appendleft(client)
             raise
         except FedprocError as error:
             self._arrived[client] = error
-        del pending[client]
 
     def _submit(self, needed: str) -> None:
         """Keeps every worker supplied; the client that is needed next never waits for room."""
@@ -116,8 +120,13 @@ class Collector:
             while queue and (len(pending) < self._window or queue[0] == needed):
                 trainer = self._crew.trainer(name)
                 block, shared = self._broadcast_to(name)
-                pending[queue[0]] = train_there(trainer, block, self._tasks[queue[0]], shared)
-                queue.popleft()
+                client, kept = queue[0], self._broadcast.kept.get(queue[0])
+                # sent by itself: a call does not mix tensors from here with pointers
+                state = self._crew.worker(name).send(dict(kept)) if kept else None
+                pending[client] = call_there(
+                    trainer, "train", block, self._tasks[client], state, shared
+                )
+                self._training.setdefault(name, deque()).append(queue.popleft())
 
     def _broadcast_to(self, name: str) -> tuple[Any, Any]:
         if name not in self._sent:
@@ -130,12 +139,10 @@ class Collector:
 
     def _note_trained(self) -> None:
         """Remembers who has finished, so that a loss is blamed on who was training."""
-        for pending in self._pending.values():
-            for client, promise in pending.items():
-                if client not in self._trained:
-                    if not promise.pointer.done():
-                        break
-                    self._trained.add(client)
+        for name, training in self._training.items():
+            pending = self._pending[name]
+            while training and _is_done(pending.get(training[0])):
+                training.popleft()
 
     def _recover(self, name: str, error: WorkerLostError) -> None:
         """Gives the clients of a lost worker to its replacement or to the others."""
@@ -143,9 +150,9 @@ class Collector:
         for promise in self._pending.pop(name, {}).values():
             abandon(promise)
         self._sent.pop(name, None)
-        suspect = next((client for client in lost if client not in self._trained), None)
-        self._trained.difference_update(lost)
-        if suspect is not None:
+        training = self._training.pop(name, None)
+        if training:
+            suspect = training[0]
             self._losses[suspect] += 1
             if self._losses[suspect] > self._retries:
                 self._arrived[suspect] = error
@@ -183,3 +190,7 @@ class Collector:
             self._queues.setdefault(self._homes[client], deque()).append(client)
         for name, queue in self._queues.items():
             self._queues[name] = deque(sorted(queue, key=self._order.__getitem__))
+
+
+def _is_done(promise: Promise | None) -> bool:
+    return promise is None or promise.pointer.done()

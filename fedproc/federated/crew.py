@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fedproc.client.rules import LocalRule
     from fedproc.client.training import LocalTraining, TrainFunction
     from fedproc.cluster.cluster import Cluster
-    from fedproc.remote.worker import Worker
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.holding import Holding
+    from fedproc.remote.worker import Worker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +92,8 @@ class Crew:
 
     def _make(self, worker: Worker, holding: Holding | None) -> Any:
         threads = training_threads(self.data.cluster)
-        work = Work(self._local, self._rule, threads, str(worker.device))
+        least = self.data.cluster.min_rows if self.data.private else None
+        work = Work(self._local, self._rule, threads, str(worker.device), least)
         blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers

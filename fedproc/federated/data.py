@@ -152,10 +152,15 @@ class FederatedDataset:
         Raises:
             KeyError: There is no such client.
         """
-        self._holding(client)
-        block = self._blocks[client]
+        block, _ = self.place_of(client)
         rows = slice(*block.spans[client])
         return block.x[rows], block.y[rows]
+
+    def place_of(self, client: str) -> tuple[Block, int]:
+        """Returns the block that holds a client's rows, and the first of them in it."""
+        self._holding(client)
+        block = self._blocks[client]
+        return block, block.spans[client][0]
 
     def holdings(self) -> dict[str, Holding]:
         """Maps worker names to what those workers hold."""

@@ -6,15 +6,16 @@ the chunks are added exactly, so an evaluation is the same number on any cluster
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from fedproc.client.evaluation import exact_sum
 from fedproc.errors import WorkerLostError
 from fedproc.federated.history import Evaluation
+from fedproc.federated.passing import call_there, take_all
 from fedproc.federated.rows import as_rows
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def evaluate(
             rows.forget()
     else:
         sums = _all_chunks(crew, block, rows, loss, outputs=bool(metrics))
-    evaluation = combine(sums)
+    evaluation = combine(sums, len(rows.x))
     if not metrics:
         return evaluation
     outputs = torch.cat([part.outputs for part in sums if part.outputs is not None])
@@ -101,12 +102,17 @@ def _all_chunks(
     crew: Crew, block: Tensor, rows: EvaluationRows, loss: Loss | None, *, outputs: bool
 ) -> list[ChunkSums]:
     pending = [
-        crew.trainer(name).evaluate(
-            crew.worker(name).send(block), piece, loss, _CHUNK_ROWS, outputs=outputs
+        call_there(
+            crew.trainer(name),
+            "evaluate",
+            crew.worker(name).send(block),
+            piece,
+            loss,
+            (_CHUNK_ROWS, outputs),
         )
         for name, piece in rows.pieces(crew)
     ]
-    return [part for pointer in pending for part in pointer.get()]
+    return [part for found in take_all(pending) for part in found]
 
 
 def evaluate_clients(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
@@ -125,31 +131,29 @@ def evaluate_clients(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
 
 
 def _per_client(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
-    clients: dict[str, list[str]] = {}
-    for client in crew.data.clients:
+    data, clients = crew.data, dict[str, list[str]]()
+    for client in data.clients:
         clients.setdefault(crew.home(client), []).append(client)
     pending = [
-        crew.trainer(name).evaluate_clients(crew.worker(name).send(block), mine, _CHUNK_ROWS)
+        call_there(
+            crew.trainer(name),
+            "evaluate_clients",
+            crew.worker(name).send(block),
+            mine,
+            _CHUNK_ROWS,
+        )
         for name, mine in clients.items()
     ]
-    found = {client: sums for pointer in pending for client, sums in pointer.get().items()}
-    return {client: combine(found[client]) for client in crew.data.clients}
+    found = {client: sums for part in take_all(pending) for client, sums in part.items()}
+    return {client: combine([found[client]], data.sizes[client]) for client in data.clients}
 
 
-def combine(sums: Sequence[ChunkSums]) -> Evaluation:
-    """Adds up chunks; the order does not matter, because the sum is exact."""
-    rows = sum(part.rows for part in sums)
+def combine(sums: Sequence[ChunkSums], rows: int) -> Evaluation:
+    """Adds up chunks over ``rows`` rows; the order does not matter, because the sum is exact."""
     losses = [part.loss_sum for part in sums if part.loss_sum is not None]
     correct = [part.correct for part in sums if part.correct is not None]
     return Evaluation(
-        loss=exact_sum(losses) / rows if losses else None,
-        accuracy=sum(correct) / rows if correct else None,
+        loss=exact_sum(losses) / rows if losses and rows else None,
+        accuracy=sum(correct) / rows if correct and rows else None,
         examples=rows,
     )
-
-
-def exact_sum(values: Sequence[float]) -> float:
-    """Adds numbers without rounding in between; NaN and infinities win instead of raising."""
-    if all(math.isfinite(value) for value in values):
-        return math.fsum(values)
-    return sum(values)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from fedproc.errors import FedprocError, RemoteError
+
 if TYPE_CHECKING:
     import os
 
@@ -91,10 +93,11 @@ class RoundRecord:
 
 
 def describe(error: BaseException) -> str:
-    """Returns class and text of an error on one line."""
+    """Returns class and first line of an error; a RemoteError has its tracebacks below that."""
     name = type(error).__name__.removeprefix("Remote") or type(error).__name__
-    text = " ".join(str(error).split())
-    return text if text.startswith(name) else f"{name}: {text}"
+    text = str(error).strip().partition("\n")[0]
+    told = isinstance(error, RemoteError) or type(error) is FedprocError or text.startswith(name)
+    return text if told else f"{name}: {text}"
 
 
 def _plain(value: Any) -> Any:

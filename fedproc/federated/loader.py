@@ -15,6 +15,8 @@ from fedproc.client.seeding import generator_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
     from fedproc.federated.data import FederatedDataset
 
 
@@ -61,22 +63,21 @@ class FederatedDataLoader:
     def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
         for client in self._by_worker():
             rows = self._data.sizes[client]
-            starts = self._starts(rows)
-            if not starts:
-                continue
-            x, y = self._data[client]
-            if not self._shuffle:
-                for start in starts:
-                    batch = slice(start, start + self._batch_size)
-                    yield x[batch], y[batch]
-                continue
-            generator = generator_for(self._seed, epoch, client, "loader")
-            order = torch.randperm(rows, generator=generator)
-            # one tensor for the whole client; a batch is a slice of it in the worker
-            there = self._data.worker_of(client).send(order)
-            for start in starts:
-                batch = there[start : start + self._batch_size]
-                yield x[batch], y[batch]
+            order = None
+            if self._shuffle:
+                generator = generator_for(self._seed, epoch, client, "loader")
+                order = torch.randperm(rows, generator=generator)
+            for start in self._starts(rows):
+                yield self._batch(client, start, min(start + self._batch_size, rows), order)
+
+    def _batch(self, client: str, start: int, stop: int, order: Tensor | None) -> tuple[Any, Any]:
+        """Returns rows of the block that the client lies in: two or three messages."""
+        block, first = self._data.place_of(client)
+        if order is None:
+            rows = slice(first + start, first + stop)
+            return block.x[rows], block.y[rows]
+        there = self._data.worker_of(client).send(first + order[start:stop])
+        return block.x[there], block.y[there]
 
     def _starts(self, rows: int) -> range:
         whole = rows - rows % self._batch_size if self._drop_last else rows

@@ -18,18 +18,20 @@ from fedproc.remote.calls import run_there
 from fedproc.remote.pending import PendingPointer
 
 if TYPE_CHECKING:
-    from fedproc.client.update import Update
-    from fedproc.remote.link import Borrow, Link
+    from collections.abc import Sequence
+
+    from fedproc.remote.link import Link
+    from fedproc.remote.outbox import Borrow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promise:
-    """An update on its way.
+    """A result of a trainer on its way.
 
     Attributes:
-        pointer: Keeps the update alive in the worker until it was taken.
+        pointer: Keeps the result alive in the worker until it was taken.
         link: The connection it comes through.
-        query: The fetch that was sent with the training.
+        query: The fetch that was sent with the call.
     """
 
     pointer: PendingPointer
@@ -37,44 +39,58 @@ class Promise:
     query: Borrow
 
 
-def train_there(trainer: Any, *args: Any) -> Promise:
-    """Lets a trainer train one client; returns at once.
+def call_there(trainer: Any, method: str, *args: Any) -> Promise:
+    """Calls a method of a trainer and asks for the result; returns at once.
 
     Args:
         trainer: Pointer to a :class:`fedproc.client.trainer.Trainer`.
-        *args: Arguments of its ``train``.
+        method: Name of the method.
+        *args: Its arguments.
 
     Raises:
         WorkerLostError: The worker has ended.
         NotShippableError: An argument cannot be pickled.
     """
-    # A training changes nothing that a pointer shows, so it need not wait for those who read.
-    # Its result is an update: of private data too, the aggregator may take it to fold it.
+    # A trainer changes nothing that a pointer shows, so it need not wait for those who read.
+    # Of private data, too, the aggregator may take what the trainer returns: updates to fold, and
+    # means over enough rows; the trainer sees to that.
     pointer = run_there(
         PendingPointer,
         "fedproc.worker.parts.method",
-        (trainer, "train", *args),
-        what="train",
+        (trainer, method, *args),
+        what=method,
         writes=False,
         update=True,
     )
-    query = reading.start(pointer._data(), "update", folding=True)
+    query = reading.start(pointer._data(), method, folding=True)
     return Promise(pointer, pointer._data().link, query)
 
 
-def take(promise: Promise, timeout: float | None = None) -> Update:
-    """Waits for an update and copies it into this process.
+def take(promise: Promise, timeout: float | None = None) -> Any:
+    """Waits for a result and copies it into this process.
 
     Raises:
         RemoteError: The client failed.
         WorkerLostError: Its worker was lost.
         CommandTimeoutError: It did not come within ``timeout`` seconds; it cannot be taken later.
     """
-    update: Update = reading.finish(promise.link, promise.query, "update", timeout)
-    return update
+    return reading.finish(promise.link, promise.query, "train", timeout)
+
+
+def take_all(promises: Sequence[Promise]) -> list[Any]:
+    """Takes all results; if one fails, the others are given up."""
+    results = []
+    for place, promise in enumerate(promises):
+        try:
+            results.append(take(promise))
+        except BaseException:
+            for other in promises[place + 1 :]:
+                abandon(other)
+            raise
+    return results
 
 
 def abandon(promise: Promise) -> None:
-    """Gives up an update, so that nothing in the worker waits for it to be read."""
+    """Gives up a result, so that nothing in the worker waits for it to be read."""
     with contextlib.suppress(FedprocError):
         take(promise, timeout=0)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fedproc.client.evaluation import exact_sum
 from fedproc.client.update import Task, Update
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast, Collector
-from fedproc.federated.evaluation import exact_sum
 from fedproc.federated.fold import Fold, Received
 from fedproc.federated.history import RoundRecord, describe
 
@@ -127,13 +127,12 @@ def play(crew: Crew, layout: Layout, rules: Rules, start: Start, sink: Sink) -> 
     sizes = crew.data.sizes
     skipped = tuple(client for client in start.cohort if not sizes[client])
     tasks = {
-        client: Task(client, start.number, rules.seed, start.kept.get(client, {}))
-        for client in start.cohort
-        if sizes[client]
+        client: Task(client, start.number, rules.seed) for client in start.cohort if sizes[client]
     }
     shared = rules.strategy.shared(start.state)
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
-    collector = Collector(crew, Broadcast(start.block, shared), tasks, retries=rules.retries)
+    broadcast = Broadcast(start.block, shared, start.kept)
+    collector = Collector(crew, broadcast, tasks, retries=rules.retries)
     tally = _Tally()
     for client, result in collector.updates():
         _take(client, result, rules, fold, tally)

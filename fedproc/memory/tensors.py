@@ -177,7 +177,7 @@ def _covering(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _end_bytes(tensor: torch.Tensor) -> int:
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    return (int(tensor.storage_offset()) + reach + 1) * tensor.element_size()
 
 
 def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ from fedproc.remote import reading
 from fedproc.remote.context import modes
 from fedproc.remote.encode import Outgoing, encode_call
 from fedproc.remote.handle import Handle, Owner
-from fedproc.remote.link import Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
 from fedproc.remote.operations import (
     REFUSED,
     answers_plainly,

@@ -6,6 +6,7 @@ silently.
 """
 
 import pickle
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import nn
 
 from fedproc.errors import FedprocError, NotShippableError, PlacementError
 from fedproc.memory.tensors import Exporter, Packer
-from fedproc.remote.link import Link, Message
+from fedproc.remote.link import Link
+from fedproc.remote.message import Message
 from fedproc.wire import commands, frames
 from fedproc.wire.codec import Encoder
 
@@ -55,11 +57,12 @@ class Outgoing:
             NotShippableError: something in it cannot be pickled.
             ObjectGoneError: a pointer was fetched already.
         """
+        externals: dict[type, Callable[[Any], int | None]]
         externals = dict.fromkeys(POINTER_TYPES, self._pointer)
         externals[torch.Tensor] = externals[nn.Parameter] = self._tensor
         if self._operation:
             externals[np.ndarray] = self._array
-        encoder = Encoder(externals)  # type: ignore[arg-type]
+        encoder = Encoder(externals)
         try:
             body = encoder.encode(fields)
         except FedprocError:
@@ -105,7 +108,7 @@ class Outgoing:
     def _tensor(self, tensor: torch.Tensor) -> int | None:
         return self._packer.add(tensor)
 
-    def _array(self, array: Any) -> int:
+    def _array(self, _: Any) -> int:
         raise PlacementError(
             f"{self.what}: a NumPy array is here, the pointer's object on another process. Send "
             "the array first: worker.send(torch.from_numpy(array))."
@@ -157,10 +160,11 @@ def encode_call(
     """The message that runs ``function`` where the pointers among its arguments are."""
     flags = frames.KEEP if keep else 0
     if isinstance(function, str) and not kwargs:
-        flat = _flat(args, what)
+        flat = _flat(args)
         if flat is not None and (link is None or link is flat[0]):
-            fields = (function, flat[1], {}, modes, private, update, flat[2])
-            body = pickle.dumps(fields, protocol=5)
+            body = pickle.dumps(
+                (function, flat[1], {}, modes, private, update, flat[2]), protocol=5
+            )
             return flat[0], Message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
     fields = (function, args, kwargs, modes, private, update, ())
@@ -169,9 +173,11 @@ def encode_call(
     return outgoing.link, message
 
 
-def _flat(args: tuple[Any, ...], what: str) -> tuple[Link, tuple[Any, ...], tuple[int, ...]] | None:
-    """(link, arguments with ids in them, places of the ids) where there is nothing but pointers
-    and plain numbers: the usual operator, which then costs a tenth of the general way."""
+def _flat(args: tuple[Any, ...]) -> tuple[Link, tuple[Any, ...], tuple[int, ...]] | None:
+    """(link, arguments with ids in them, places of the ids), for pointers and plain numbers only.
+
+    The usual operator is like that, and costs a tenth of the general way.
+    """
     link: Link | None = None
     found: list[Any] = []
     places: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedproc.errors import RemoteError
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import plain
+from fedproc.remote.message import plain
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
@@ -22,10 +22,10 @@ def facts(pointer: Pointer) -> dict[str, Any]:
 def _facts(handle: Handle) -> dict[str, Any]:
     handle.check()
     link = handle.link
-    if handle.facts is not None and handle.facts_at == link.writes:
+    if handle.facts is not None and handle.facts_at == link.outbox.writes:
         return handle.facts
     link.check()
-    at = link.writes
+    at = link.outbox.writes
     try:
         told: dict[str, Any] = link.ask(plain(commands.Describe(handle.oid), "describe"), caller())
     except RemoteError as error:

@@ -83,7 +83,7 @@ def _load(data: bytes | None) -> Any:
         return None
     try:
         return pickle.loads(data)
-    except Exception:  # the class cannot be had here; the text says everything else
+    except Exception:  # noqa: BLE001 - the class cannot be had here; the text says everything else
         return None
 
 

@@ -15,7 +15,7 @@ from fedproc.wire.names import resolve
 
 def _operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     function = resolve(name)
-    return _each(lambda *a, **k: function(*a, **k), args, kwargs)
+    return _each(function, args, kwargs)
 
 
 class PointerGroup:
@@ -74,7 +74,7 @@ class PointerGroup:
         """A group of copies."""
         return PointerGroup(member.copy() for member in self._members)
 
-    def move(self, worker: Any) -> NoReturn:
+    def move(self, _: Any) -> NoReturn:
         """Refuse: a group has one member per worker."""
         raise PlacementError(
             "a group cannot move to one worker: move its members, group[i].move(w)"
@@ -214,7 +214,7 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
         try:
             handle = pointer._data()
             asked.append((handle.link, reading.start(handle, "gather")))
-        except Exception as error:  # raised below, when all have been waited for
+        except Exception as error:  # noqa: BLE001 - raised below, when all have been waited for
             asked.append(error)
     values: list[Any] = []
     errors: list[Exception] = []
@@ -224,8 +224,9 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
             continue
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            values.append(reading.finish(*one, "gather", left))
-        except Exception as error:  # raised below, when all have been waited for
+            link, borrow = one
+            values.append(reading.finish(link, borrow, "gather", left))
+        except Exception as error:  # noqa: BLE001 - raised below, when all have been waited for
             errors.append(error)
     if errors:
         raise errors[0]
@@ -248,14 +249,16 @@ def as_completed(pointers: Iterable[Pointer], timeout: float | None = None) -> I
         yield from ready
         if waiting and not ready:
             left = None if deadline is None else deadline - time.monotonic()
-            hub = waiting[0]._data().link.hub
-            if (left is not None and left <= 0) or not hub.wait_until(
-                lambda: any(_is_done(pointer) for pointer in waiting), left
-            ):
+            if (left is not None and left <= 0) or not _wait_for_one(waiting, left):
                 raise CommandTimeoutError(
                     f"as_completed: {len(waiting)} of the pointers were not done within "
                     f"{timeout:g} s. They go on; ask again."
                 )
+
+
+def _wait_for_one(waiting: list[Pointer], timeout: float | None) -> bool:
+    hub = waiting[0]._data().link.hub
+    return hub.wait_until(lambda: any(_is_done(pointer) for pointer in waiting), timeout)
 
 
 def _is_done(pointer: Pointer) -> bool:

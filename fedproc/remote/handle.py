@@ -37,7 +37,7 @@ class Handle:
         self.number = oid  # of the command that makes it
         self.gone: str | None = None  # why it cannot be used any more
         self.facts: dict[str, Any] | None = None  # kind, shape ... as last told
-        self.facts_at = -1  # link.writes when they were
+        self.facts_at = -1  # link.outbox.writes when they were
         self.labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
         self.whole: Handle | None = None  # of what this is a part, and where in it
         self.path: tuple[Any, ...] = ()
@@ -62,10 +62,10 @@ class Handle:
 
     def moved(self, link: "Link", oid: int, number: int) -> None:
         """The object is elsewhere now; what is known of it stays true."""
-        fresh = self.facts_at == self.link.writes
-        self.link.handles.pop(self.oid, None)
+        fresh = self.facts_at == self.link.outbox.writes
+        self.link.outbox.handles.pop(self.oid, None)
         self.link, self.oid, self.number = link, oid, number
-        self.facts_at = link.writes if fresh else -1
+        self.facts_at = link.outbox.writes if fresh else -1
         link.note(self)
 
 
@@ -83,8 +83,11 @@ class Owner:
         self.handle = None
 
     def __del__(self) -> None:
-        """Note the id. Nothing else is allowed here: a finalizer runs in any thread, in the middle
-        of anything, and one that locks or writes has deadlocked every system that had it."""
+        """Note the id.
+
+        Nothing else is allowed here: a finalizer runs in any thread, in the middle of anything,
+        and one that locks or writes has deadlocked every system that had it.
+        """
         handle = self.handle
         if handle is not None and handle.gone is None:
             handle.link.trash.append(handle.oid)

@@ -1,11 +1,11 @@
-"""``tensor.send(worker)`` and ``module.send(worker)``, for those who like it. Runs in the parent."""
+"""``tensor.send(worker)`` and ``module.send(worker)``, by choice. Runs in the parent."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-_CLASSES = (torch.Tensor, nn.Module)
+_CLASSES: tuple[Any, ...] = (torch.Tensor, nn.Module)
 
 
 def _send(self: Any, worker: Any, **options: Any) -> Any:
@@ -23,11 +23,11 @@ def hook_torch() -> None:
         if getattr(cls, "send", _send) is not _send:
             raise RuntimeError(f"{cls.__qualname__} has a method send() already, not fedproc's")
     for cls in _CLASSES:
-        cls.send = _send  # type: ignore[attr-defined]
+        cls.send = _send
 
 
 def unhook_torch() -> None:
     """Take ``send`` away again; idempotent."""
     for cls in _CLASSES:
         if cls.__dict__.get("send") is _send:
-            del cls.send  # type: ignore[attr-defined]
+            del cls.send

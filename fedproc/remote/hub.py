@@ -4,8 +4,14 @@ There is no reader thread: the thread that waits reads, for everybody (*leader*)
 meanwhile (*followers*) are woken when something has arrived, and one of them takes over when the
 leader has what it wanted. A janitor thread does what nobody waits for: it writes the tail of a
 burst of commands, and sends the frees of dropped pointers.
+
+Ctrl-C may raise KeyboardInterrupt in the main thread after any call, also after one that has just
+taken a lock. So locks are taken by ``with`` on the lock itself (one step of the interpreter), or
+tried inside ``list.extend(map(...))``, which notes the outcome in the same step; never through
+Condition or Event, whose methods are Python code that can be interrupted with the lock in hand.
 """
 
+import contextlib
 import select
 import threading
 import time
@@ -47,9 +53,11 @@ class Hub:
         """No links yet."""
         self._links: dict[int, Readable] = {}
         self._leader = threading.Lock()
-        self._changed = threading.Condition()
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
         self._followers = 0
-        self._tail = threading.Event()
+        self._bell = threading.Lock()  # locked: silent; the janitor waits for its release
+        self._bell.acquire()
         self._closing = False
         self._janitor: threading.Thread | None = None
 
@@ -76,10 +84,13 @@ class Hub:
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self._leader.acquire(blocking=False):
-                try:
+            tried: list[bool] = []
+            try:
+                tried.extend(map(self._leader.acquire, (False,)))
+                if tried[0]:
                     return self._lead(ready, deadline)
-                finally:
+            finally:
+                if tried and tried[0]:
                     self._leader.release()
                     self.notify()
             self._follow(ready, deadline)
@@ -100,7 +111,7 @@ class Hub:
         wait = _FOLLOWER_SECONDS
         if deadline is not None:
             wait = min(wait, max(0.0, deadline - time.monotonic()))
-        with self._changed:
+        with self._mutex:
             self._followers += 1
             try:
                 if not ready():
@@ -129,38 +140,42 @@ class Hub:
 
     def look(self) -> None:
         """Take in what has arrived, without waiting."""
-        if self._leader.acquire(blocking=False):
-            try:
+        tried: list[bool] = []
+        try:
+            tried.extend(map(self._leader.acquire, (False,)))
+            if tried[0]:
                 self._read(0.0)
-            finally:
+        finally:
+            if tried and tried[0]:
                 self._leader.release()
                 self.notify()
 
     def notify(self) -> None:
         """Wake the followers: something has changed."""
         if self._followers:
-            with self._changed:
+            with self._mutex:
                 self._changed.notify_all()
 
     def tail(self) -> None:
         """Something is buffered: the janitor shall write it if nobody else does."""
-        if not self._tail.is_set():
-            self._tail.set()
+        if self._bell.locked():
+            with contextlib.suppress(RuntimeError):  # another thread rang this moment
+                self._bell.release()
 
     def _clean(self) -> None:
+        again = False
         while not self._closing:
-            if self._tail.wait(TIDY_SECONDS):
+            if self._bell.acquire(timeout=TAIL_SECONDS if again else TIDY_SECONDS):
                 time.sleep(TAIL_SECONDS)
-                self._tail.clear()
+            again = False
             for link in self._links.values():
                 link.tidy()
-                if not link.flush():
-                    self._tail.set()
+                again |= not link.flush()
 
     def close(self) -> None:
         """End the janitor."""
         self._closing = True
-        self._tail.set()
+        self.tail()
         janitor, self._janitor = self._janitor, None
         if janitor is not None and janitor is not threading.current_thread():
             janitor.join()

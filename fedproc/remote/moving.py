@@ -10,7 +10,9 @@ import warnings
 from typing import Any
 
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
+from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import warn_cut
 from fedproc.remote.site import caller
 from fedproc.wire import commands
@@ -35,8 +37,9 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
     target.check()
     site = caller()
     message = plain(commands.Export(handle.oid), "move")
-    borrow = source.borrow(message, site, scoped=False)
+    borrow = Borrow(scoped=False)
     try:
+        source.lend(borrow, message, site)
         flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
         _attach(source, target)
         record = commands.Import(slot, source.arena_name, flags, payload, *labels)

@@ -6,9 +6,12 @@ from typing import Any, TypeVar
 Operate = Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 Class = TypeVar("Class", bound=type)
 
-BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-COMPARISONS = "eq ne lt le gt ge".split()
-UNARY = "neg pos abs invert".split()
+BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+UNARY = ("neg", "pos", "abs", "invert")
 
 
 def with_operators(
@@ -33,9 +36,9 @@ def with_operators(
             setattr(cls, f"__{name}__", _binary(operate, f"operator.{name}"))
         for name in UNARY:
             setattr(cls, f"__{name}__", _unary(operate, f"operator.{name}"))
-        cls.__getitem__ = _binary(operate, "operator.getitem")  # type: ignore[attr-defined]
-        cls.__setitem__ = _set_item(operate)  # type: ignore[attr-defined]
-        cls.__delitem__ = _binary(operate, "operator.delitem")  # type: ignore[attr-defined]
+        for name in ("getitem", "delitem"):
+            setattr(cls, f"__{name}__", _binary(operate, f"operator.{name}"))
+        setattr(cls, "__setitem__", _set_item(operate))  # noqa: B010 - mypy: Class is any class
         return cls
 
     return decorate

@@ -12,7 +12,7 @@ from fedproc.remote.calls import run_there, torch_function
 from fedproc.remote.facts import facts
 from fedproc.remote.module import ModulePointer
 from fedproc.remote.object import ObjectPointer, call
-from fedproc.remote.operators import COMPARISONS, with_operators
+from fedproc.remote.operators import BINARY, COMPARISONS, with_operators
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.tensor import TensorPointer
 
@@ -115,7 +115,7 @@ def _comparison(name: str) -> Any:
 
 for _name in COMPARISONS:
     setattr(PendingPointer, f"__{_name}__", _comparison(f"__{_name}__"))
-for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
+for _name in BINARY:
     # += changes a tensor in place and makes a new number of a number: the kind decides
     def _in_place(self: PendingPointer, other: Any, _dunder: str = _name) -> Any:
         resolved = self._resolved()
@@ -125,4 +125,3 @@ for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshi
         return change(resolved, other)
 
     setattr(PendingPointer, f"__i{_name}__", _in_place)
-PendingPointer.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -8,7 +8,6 @@ operations on it run where the data is.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -22,26 +21,18 @@ from fedproc.errors import (
 from fedproc.remote import reading
 from fedproc.remote.encode import POINTER_TYPES
 from fedproc.remote.handle import Handle, Owner
-from fedproc.remote.link import Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
 from fedproc.remote.site import caller
 from fedproc.wire import commands
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fedproc.remote.chains import Slot
     from fedproc.remote.worker import Worker
 
 AnyPointer = TypeVar("AnyPointer", bound="Pointer")
-
-
-class Slot:
-    """The place a chain takes: the pointer it was made from, and its record in a worker."""
-
-    __slots__ = ("handle", "inner", "owner")
-
-    def __init__(self, inner: "Pointer", handle: Handle) -> None:
-        """``handle``: of the record."""
-        self.inner = inner
-        self.handle = handle
-        self.owner = Owner(handle)
 
 
 class Kind(type):
@@ -69,7 +60,7 @@ class Pointer(metaclass=Kind):
     _fedproc_pointer = True
     _handle: Handle
     _owner: Owner | None
-    _chain: Slot | None
+    _chain: "Slot | None"
 
     def __init_subclass__(cls) -> None:
         """Every class of pointer is known to the encoder."""
@@ -114,7 +105,7 @@ class Pointer(metaclass=Kind):
             link.hub.look()
         return link.executed(handle.number)
 
-    def wait(self: AnyPointer, timeout: float | None = None) -> AnyPointer:
+    def wait(self, timeout: float | None = None) -> "Self":
         """Wait until the object is there.
 
         Args:
@@ -151,7 +142,9 @@ class Pointer(metaclass=Kind):
             NotShippableError: it cannot be pickled; it stays there.
         """
         if self._chain is not None:
-            return self._unchain()
+            from fedproc.remote.chains import take_apart
+
+            return take_apart(self)
         handle = self._handle
         value = reading.value(handle, "get", timeout)
         with contextlib.suppress(WorkerLostError, ClosedError):  # we have it already
@@ -177,7 +170,7 @@ class Pointer(metaclass=Kind):
         """
         return reading.lent(self)
 
-    def copy(self: AnyPointer) -> AnyPointer:
+    def copy(self) -> "Self":
         """A second, independent remote object; of a tensor: a new leaf without gradient."""
         from fedproc.remote.calls import run_there
 
@@ -187,7 +180,7 @@ class Pointer(metaclass=Kind):
 
     # ---- moving
 
-    def move(self: AnyPointer, worker: "Worker") -> AnyPointer:
+    def move(self, worker: "Worker") -> "Self":
         """Carry the object to ``worker``; this pointer and all others to the object follow.
 
         The bytes go from shared memory to shared memory, not through the parent.
@@ -202,60 +195,25 @@ class Pointer(metaclass=Kind):
             raise
         return self
 
-    def send(self: AnyPointer, worker: "Worker") -> AnyPointer:
+    def send(self, worker: "Worker") -> "Self":
         """Make a chain: ``worker`` holds a pointer to this pointer's object.
 
         Raises:
             NotPermittedError: the object is private.
         """
-        handle = self._handle
-        handle.check()
-        place = self._place()
-        question = commands.Inspect("permitted", (handle.oid,))
-        handle.link.ask(plain(question, "send"), caller())
-        record = commands.Slot(place.link.name, place.oid)
-        number = worker.link.submit(plain(record, "send"), caller())
-        chain = make(type(self), handle, self._owner)
-        chain._chain = Slot(self, register(Handle(worker.link, number)))
-        return chain
+        from fedproc.remote.chains import chain
 
-    def _unchain(self) -> "Pointer":
-        slot = self._chain
-        assert slot is not None
-        self._handle.check()
-        slot.handle.link.check()
-        self._chain = None
-        gone = Handle(slot.handle.link, slot.handle.oid)
-        gone.gone = (
-            f"this chain on worker {slot.handle.link.name!r} was taken apart with get(): use the "
-            "pointer that get() returned."
-        )
-        self._handle, self._owner = gone, None
-        return slot.inner
+        return chain(self, worker)
 
-    def remote_get(self: AnyPointer) -> AnyPointer:
+    def remote_get(self) -> "Self":
         """The worker this chain was sent to pulls the data: its slot holds the value afterwards.
 
         Raises:
             PlacementError: this is not a chain.
         """
-        from fedproc.remote.moving import move
+        from fedproc.remote.chains import pull
 
-        slot = self._chain
-        if slot is None:
-            raise PlacementError(
-                f"{self!r} is not a chain: its worker holds the data already. remote_get() is for "
-                "a pointer that was sent on with pointer.send(worker)."
-            )
-        outer = slot.inner._chain
-        if outer is not None:  # one step: our slot takes over what the inner one pointed to
-            slot.inner._chain = None
-            slot.inner = outer.inner
-            return self
-        move(self._handle, slot.handle.link, slot=slot.handle.oid)
-        slot.owner.disown()
-        self._chain = None
-        return self
+        return pull(self)
 
     # ---- what a pointer is not
 
@@ -331,7 +289,8 @@ def warn_cut(what: str) -> None:
     """A tensor with autograd history lost it."""
     warnings.warn(
         f"{what}: the tensor is the result of an operation and needs gradients; the graph is cut: "
-        "its history stays behind, so backward() does not reach what it was computed from. Send leaves, or detach().",
+        "its history stays behind, so backward() does not reach what it was computed from. Send "
+        "leaves, or detach().",
         UserWarning,
         stacklevel=4,
     )

@@ -10,7 +10,9 @@ import torch
 
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import Borrow, Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
+from fedproc.remote.outbox import Borrow
 from fedproc.remote.site import caller
 from fedproc.wire import commands, frames
 from fedproc.wire.codec import Decoder
@@ -19,11 +21,19 @@ if TYPE_CHECKING:
     from fedproc.remote.pointer import Pointer
 
 
-def start(handle: Handle, what: str, *, folding: bool = False, lent: bool = False) -> Borrow:
+def start(handle: Handle, what: str, *, folding: bool = False) -> Borrow:
     """Ask for a value; what could change it on the way waits until ``finish``."""
+    borrow = Borrow(scoped=False)
+    _ask(borrow, handle, what, folding=folding)
+    return borrow
+
+
+def _ask(
+    borrow: Borrow, handle: Handle, what: str, *, folding: bool = False, lent: bool = False
+) -> None:
     handle.check()
     message = plain(commands.Fetch(handle.oid, folding, lent), what)
-    return handle.link.borrow(message, caller(), scoped=lent)
+    handle.link.lend(borrow, message, caller())
 
 
 def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
@@ -48,8 +58,9 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
     """
     handle = pointer._data()
     link = handle.link
-    borrow = start(handle, "borrow", folding=folding, lent=True)
+    borrow = Borrow(scoped=True)
     try:
+        _ask(borrow, handle, "borrow", folding=folding, lent=True)
         flags, body = link.answer(borrow.query, "borrow")
         yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
     finally:

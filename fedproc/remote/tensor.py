@@ -168,7 +168,7 @@ class TensorPointer(Pointer):
     def __iter__(self) -> Iterator["TensorPointer"]:
         """Pointers to the rows, one at a time."""
         count = len(self)
-        return (self[row] for row in range(count))
+        return (operate("operator.getitem", (self, row), {}) for row in range(count))
 
     __hash__ = object.__hash__
 
@@ -193,7 +193,7 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _refused(name: str) -> Callable[..., NoReturn]:
-    def method(self: TensorPointer, *args: Any, **kwargs: Any) -> NoReturn:
+    def method(*_: Any, **__: Any) -> NoReturn:
         raise PlacementError(f"{name}: {REFUSED[name]}.")
 
     return method

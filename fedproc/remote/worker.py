@@ -12,7 +12,8 @@ from fedproc.remote.calls import run_there
 from fedproc.remote.encode import Outgoing
 from fedproc.remote.group import PointerGroup
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import Link, plain
+from fedproc.remote.link import Link
+from fedproc.remote.message import plain
 from fedproc.remote.module import ModulePointer
 from fedproc.remote.object import ObjectPointer
 from fedproc.remote.operations import function_name
@@ -53,10 +54,10 @@ class WorkerStats(NamedTuple):
 class Worker:
     """A worker process: a collection of objects, and functions that run beside them."""
 
-    def __init__(self, link: Link, device: torch.device) -> None:
+    def __init__(self, link: Link, device: str) -> None:
         """``link``: one incarnation of the process."""
         self.link = link
-        self.device = device
+        self.device = torch.device(device)
         link.worker = self
 
     @property
@@ -160,23 +161,24 @@ class Worker:
             handle = self.link.handle(oid)
             if handle is None:
                 handle = Handle(self.link, oid)
-            handle.facts, handle.facts_at = told, self.link.writes
+            handle.facts, handle.facts_at = told, self.link.outbox.writes
             found.append(make(KINDS[told["kind"]], handle, None))
         return found
 
     def clear(self) -> "Worker":
         """Forget all objects; pointers to them raise ObjectGoneError from now on."""
         self._inspect("clear")
-        for reference in list(self.link.handles.values()):
+        for reference in list(self.link.outbox.handles.values()):
             handle = reference()
             if handle is not None:
                 handle.gone = (
                     f"object {handle.oid} is gone: worker {self.name!r} was cleared. Send it again."
                 )
-        self.link.handles.clear()
+        self.link.outbox.handles.clear()
         return self
 
     def _inspect(self, what: str, *args: Any) -> Any:
+        self.link.tidy()
         return self.link.ask(plain(commands.Inspect(what, args), what), caller())
 
     # ---- what a worker is not
@@ -232,7 +234,7 @@ def put(
             "requires_grad": leaf and value.requires_grad,
             "is_leaf": True,
         }
-        handle.facts_at = link.writes
+        handle.facts_at = link.outbox.writes
     return pointer
 
 

@@ -60,14 +60,17 @@ class Channel:
             the peer is gone, True: nobody will read it.
         """
         while self.unsent and not self.ended:
-            if not self._write_lock.acquire(blocking=False):
-                # The writer looks again after it lets go of the lock, so it takes ours along.
-                return True
+            tried: list[bool] = []
             try:
+                tried.extend(map(self._write_lock.acquire, (False,)))
+                if not tried[0]:
+                    # The writer looks again after it lets go of the lock: it takes ours along.
+                    return True
                 if not self._write_batch():
                     return False
             finally:
-                self._write_lock.release()
+                if tried and tried[0]:
+                    self._write_lock.release()
         return True
 
     def _write_batch(self) -> bool:

@@ -1,197 +1,25 @@
 """The process transport: workers forked from a prepared interpreter, the zygote. Parent's side.
 
-One zygote per parent process (and per set of preloaded modules) is started when first needed. The
-plain one stays until the parent ends, so that the next cluster starts in milliseconds; the kernel
-kills it with the parent. Where forking it would not be safe (it has more than one thread, or the
-platform is not Linux), every worker is executed on its own: slower, otherwise the same.
+Where forking the zygote would not be safe (it has more than one thread, or the platform is not
+Linux), every worker is executed on its own: slower, otherwise the same.
 """
 
-import atexit
 import contextlib
 import os
-import pickle
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
-import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 from fedproc.errors import WorkerStartError
 from fedproc.transport.base import Connection, WorkerSpec
 from fedproc.transport.channel import Channel
+from fedproc.transport.zygote import Zygote, execute, zygote_for, zygote_pid
 
-_LENGTH = struct.Struct("<I")
-_BOOT = (
-    "import sys, pickle; path, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
-    "sys.path[:] = path; import importlib; "
-    "getattr(importlib.import_module(module), name)(*args)"
-)
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
-"""Set before torch is loaded: waiting threads sleep (spinning ones made 8 workers on 2 cores 13
-times slower), and BLAS starts no thread at import."""
-
-
-def _execute(
-    function: tuple[str, str], args: tuple[Any, ...], fds: tuple[int, ...]
-) -> subprocess.Popen[bytes]:
-    path = [entry or os.getcwd() for entry in sys.path]
-    packed = pickle.dumps((path, *function, args)).hex()
-    return subprocess.Popen(
-        [sys.executable, "-c", _BOOT, packed],
-        env={**os.environ, **_ENVIRONMENT},
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in the terminal is the parent's affair
-    )
-
-
-class Zygote:
-    """The parent's end of a zygote."""
-
-    def __init__(self, preload: tuple[str, ...], timeout: float) -> None:
-        """Start it and wait until it is ready, up to ``timeout`` seconds."""
-        self.owner = os.getpid()
-        self._lock = threading.RLock()
-        self._exits: dict[int, int] = {}
-        self._control, there = socket.socketpair()
-        lifeline, self._lifeline = os.pipe2(os.O_CLOEXEC)
-        with there:
-            fds = (there.fileno(), lifeline)
-            self._process = _execute(("fedproc.worker.zygote", "main"), (*fds, preload), fds)
-        os.close(lifeline)
-        self._data = b""
-        _open_zygotes.add(self)
-        message = self._receive(time.monotonic() + timeout)
-        if message is None or message[0] != "ready":
-            self.close()
-            why = "it ended" if message is None else message[1]
-            raise WorkerStartError(
-                f"the interpreter that workers are forked from could not be prepared: {why}. "
-                f"Check that torch and the modules in preload={list(preload)} import in a new "
-                f"`{sys.executable}`, or raise start_timeout (now {timeout:g} s)."
-            )
-        self.forkable = message[1] == 1
-
-    @property
-    def pid(self) -> int:
-        """Process id of the zygote."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can start workers."""
-        return self.owner == os.getpid() and self._process.poll() is None
-
-    def fork(self, spec: WorkerSpec, around: tuple[Any, ...], fds: list[int]) -> int:
-        """Fork a worker; its process id."""
-        data = pickle.dumps(("fork", tuple(spec), around))
-        with self._lock:
-            packet = _LENGTH.pack(len(data)) + data
-            sent = socket.send_fds(self._control, [packet], fds)
-            self._control.sendall(packet[sent:])
-            while True:
-                message = self._receive(time.monotonic() + 30)
-                if message is None:
-                    raise WorkerStartError(f"worker {spec.name!r}: the zygote process has ended")
-                if message[0] == "started":
-                    return int(message[1])
-
-    def kill(self, pid: int) -> None:
-        """Kill a worker with all its children."""
-        data = pickle.dumps(("kill", pid))
-        with self._lock, contextlib.suppress(OSError):
-            self._control.sendall(_LENGTH.pack(len(data)) + data)
-            return
-        with contextlib.suppress(OSError):  # no zygote: nobody reaps, so the number is still its
-            os.killpg(pid, signal.SIGKILL)
-
-    def exitcode(self, pid: int, timeout: float) -> int | None:
-        """Exit code of a worker, waiting for its end up to ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while pid not in self._exits:
-            with self._lock:
-                if pid not in self._exits and self._receive(deadline) is None:
-                    break
-        return self._exits.get(pid)
-
-    def _receive(self, deadline: float) -> tuple[Any, ...] | None:
-        """The next message, None at the deadline or at the end; exits are noted on the way."""
-        while True:
-            size = _LENGTH.unpack_from(self._data)[0] if len(self._data) >= 4 else None
-            if size is not None and len(self._data) >= 4 + size:
-                message: tuple[Any, ...] = pickle.loads(self._data[4 : 4 + size])
-                self._data = self._data[4 + size :]
-                if message[0] == "exit":
-                    self._exits[message[1]] = message[2]
-                return message
-            wait = max(0.0, deadline - time.monotonic())
-            poll = select.poll()
-            poll.register(self._control, select.POLLIN)
-            if not poll.poll(wait * 1000):
-                return None
-            chunk = b""
-            with contextlib.suppress(OSError):
-                chunk = self._control.recv(65536)
-            if not chunk:
-                return None
-            self._data += chunk
-
-    def close(self) -> None:
-        """End it, and with it what it has forked."""
-        _open_zygotes.discard(self)
-        self._control.close()
-        os.close(self._lifeline)
-        self._process.wait()
-
-    def abandon(self) -> None:
-        """In a forked child: let go of the parent's descriptors, so that its end is noticed."""
-        self._control.close()
-        with contextlib.suppress(OSError):
-            os.close(self._lifeline)
-
-
-_open_zygotes: "weakref.WeakSet[Zygote]" = weakref.WeakSet()
-_kept: list[Zygote] = []
-"""The zygote without preloaded modules, kept between clusters."""
-_starting = threading.Lock()
-
-
-def zygote_pid() -> int | None:
-    """Process id of the helper that stays between clusters, None when there is none."""
-    return _kept[0].pid if _kept and _kept[0].alive else None
-
-
-def _zygote(preload: tuple[str, ...], timeout: float) -> Zygote:
-    if preload:
-        return Zygote(preload, timeout)
-    with _starting:
-        if _kept and not _kept[0].alive:
-            _kept.pop().close()
-        if not _kept:
-            _kept.append(Zygote((), timeout))
-        return _kept[0]
-
-
-def _forget_in_child() -> None:
-    for zygote in list(_open_zygotes):
-        zygote.abandon()
-    _kept.clear()
-
-
-def _end_at_exit() -> None:
-    for zygote in list(_open_zygotes):
-        if zygote.owner == os.getpid():
-            zygote.close()
-    _kept.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-atexit.register(_end_at_exit)
+__all__ = ["ProcessTransport", "zygote_pid"]
 
 
 class ForkedProcess:
@@ -293,15 +121,16 @@ class ProcessTransport:
         self._preload = preload
         self._zygote: Zygote | None = None
         if sys.platform == "linux" and os.environ.get("FEDPROC_START") != "exec":
-            self._zygote = _zygote(preload, timeout)
+            self._zygote = zygote_for(preload, timeout)
 
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
         """Start a worker process."""
         data_here, data_there = socket.socketpair()
         side_here, side_there = socket.socketpair()
         read, lifeline = os.pipe2(os.O_CLOEXEC)
-        path = [entry or os.getcwd() for entry in sys.path]
-        around = (os.getcwd(), dict(os.environ), path, arena_size)
+        here = str(Path.cwd())
+        path = [entry or here for entry in sys.path]
+        around = (here, dict(os.environ), path, arena_size)
         fds = [data_there.fileno(), side_there.fileno(), read, arena_fd]
         streams = [os.dup(1), os.dup(2)]
         try:
@@ -321,12 +150,12 @@ class ProcessTransport:
     ) -> ForkedProcess | ExecutedProcess:
         zygote = self._zygote
         if zygote is not None and not zygote.alive:
-            zygote = self._zygote = _zygote(self._preload, 60.0)
+            zygote = self._zygote = zygote_for(self._preload, 60.0)
         if zygote is not None and zygote.forkable:
             return ForkedProcess(zygote.fork(spec, around, fds), zygote, lifeline)
         arguments = {"spec": tuple(spec), "around": around, "given": fds, "preload": self._preload}
         entry = ("fedproc.worker.main", "start_executed")
-        return ExecutedProcess(_execute(entry, (arguments,), tuple(fds)), lifeline)
+        return ExecutedProcess(execute(entry, (arguments,), tuple(fds)), lifeline)
 
     def close(self) -> None:
         """End a zygote of our own; the plain one stays for the next cluster."""

@@ -7,7 +7,6 @@ and shipped once per worker.
 
 import functools
 import hashlib
-import importlib.machinery
 import sys
 import types
 from typing import Any

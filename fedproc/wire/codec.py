@@ -20,7 +20,7 @@ import cloudpickle
 
 from fedproc.wire.code import by_value, travels_by_name
 
-Externals = Mapping[type, Callable[[Any], int]]
+Externals = Mapping[type, Callable[[Any], int | None]]
 
 
 class Encoder(pickle.Pickler):

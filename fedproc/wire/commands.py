@@ -8,7 +8,6 @@ also the id of the object it makes, so nobody needs to ask for one.
 
 from typing import Any, NamedTuple
 
-
 # ---- down: parent -> worker --------------------------------------------------------------------
 
 
@@ -93,9 +92,7 @@ class Remove(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Nobody holds these ids any more."""
-
-    targets: tuple[int, ...]
+    """Nothing but the frees in front of it (see ``frames.FREES``)."""
 
 
 class Release(NamedTuple):
@@ -140,7 +137,7 @@ class Stop(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The worker serves; its arena has ``arena_size`` bytes, its descriptor is on the side socket."""
+    """The worker serves; the descriptor of its arena is on the side socket."""
 
     pid: int
     arena_size: int

@@ -11,7 +11,7 @@ A frame is a 20-byte header and a body::
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 VERSION = 1
@@ -26,6 +26,11 @@ SHARED = 4
 """Flag: the receiver keeps the tensors of this message in its arena."""
 KEEP = 8
 """Flag: the result of this call is kept as an object."""
+FREES = 16
+"""Flag: in front of the body stand ids that nobody holds any more: a count (u16), then u64 each."""
+MOST_FREES = 1024
+
+_COUNT = struct.Struct("<H")
 
 
 class ProtocolError(Exception):
@@ -51,6 +56,19 @@ def pack(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     if length >= LARGEST_BODY_BYTES:
         raise ValueError(f"a message of {length} bytes is too large; send large data as tensors")
     return HEADER.pack(VERSION, kind, flags, length, sequence, length ^ 0xFFFFFFFF) + body
+
+
+def with_frees(ids: Sequence[int], body: bytes) -> bytes:
+    """A body with ids to free in front; its frame needs the flag ``FREES``."""
+    count = len(ids)
+    return struct.pack(f"<H{count}Q", count, *ids) + body
+
+
+def split_frees(body: bytes) -> tuple[tuple[int, ...], bytes]:
+    """The ids in front of a body, and the body."""
+    (count,) = _COUNT.unpack_from(body)
+    start = _COUNT.size + 8 * count
+    return struct.unpack_from(f"<{count}Q", body, _COUNT.size), body[start:]
 
 
 def unpack(data: bytes, start: int) -> Iterator[tuple[Frame, int]]:

@@ -40,11 +40,11 @@ def describe(error: BaseException, *, private: bool) -> Failure:
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
-    kept = {}
-    for name, value in vars(error).items():
-        if not name.startswith("_") and _pickled(value) is not None:
-            kept[name] = value
-    return kept
+    return {
+        name: value
+        for name, value in vars(error).items()
+        if not name.startswith("_") and _pickled(value) is not None
+    }
 
 
 def _pickled(thing: Any) -> bytes | None:
@@ -53,7 +53,7 @@ def _pickled(thing: Any) -> bytes | None:
         data = cloudpickle.dumps(thing)
         if not isinstance(thing, type):
             pickle.Unpickler(io.BytesIO(data)).load()
-    except Exception:  # hostile __reduce__ and __setstate__ raise anything; degrade to text
+    except Exception:  # noqa: BLE001 - hostile __reduce__ and __setstate__ raise anything; degrade to text
         return None
     return data if len(data) <= LONGEST_TEXT else None
 
@@ -61,7 +61,7 @@ def _pickled(thing: Any) -> bytes | None:
 def _text(error: BaseException) -> str:
     try:
         return str(error)[:LONGEST_TEXT]
-    except Exception as broken:  # a user's __str__ may raise anything
+    except Exception as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its message cannot be shown: {type(broken).__name__}>"
 
 
@@ -75,5 +75,5 @@ def _traceback(error: BaseException, *, private: bool) -> str:
     shown.stack = traceback.StackSummary.from_list(kept)
     try:
         return "".join(shown.format())[-LONGEST_TEXT:]
-    except Exception:  # a __str__ that raises, once more
+    except Exception:  # noqa: BLE001 - a __str__ that raises, once more
         return "".join(traceback.format_list(kept)) + type(error).__qualname__

@@ -4,10 +4,9 @@ A handler gets the host, the frame of the command and its fields. It raises what
 loop turns that into a tombstone and a reply.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,13 +15,14 @@ from fedproc.wire.frames import Frame
 from fedproc.wire.names import resolve
 from fedproc.worker import privacy
 from fedproc.worker.host import Host
+from fedproc.worker.inspections import INSPECTIONS, description, type_name
 from fedproc.worker.modes import applied
-from fedproc.worker.store import Domain, Entry
+from fedproc.worker.store import Domain
 
 _IN_PLACE = frozenset(
-    f"operator.{name}"
-    for name in """iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift
-    setitem delitem""".split()
+    """operator.iadd operator.isub operator.imul operator.itruediv operator.ifloordiv operator.imod
+    operator.ipow operator.imatmul operator.iand operator.ior operator.ixor operator.ilshift
+    operator.irshift operator.setitem operator.delitem""".split()
 )
 
 
@@ -142,7 +142,7 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 def _lend(host: Host, sequence: int, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"only tensors can be borrowed, not a {_type_name(value)}: use fetch()")
+        raise TypeError(f"only tensors can be borrowed, not a {type_name(value)}: use fetch()")
     host.adopt(value)
     flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
@@ -192,26 +192,7 @@ def import_(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 def describe(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Answer with what kind of thing an object is."""
     entry = host.store.entry(commands.Describe(*fields).target)
-    host.reply(commands.Value(False, _description(entry.value)), frame.sequence)
-
-
-def _description(value: Any) -> dict[str, Any]:
-    if isinstance(value, torch.Tensor):
-        return {
-            "kind": "tensor",
-            "shape": tuple(value.shape),
-            "dtype": value.dtype,
-            "device": value.device,
-            "requires_grad": value.requires_grad,
-            "is_leaf": value.is_leaf,
-        }
-    kind = "module" if isinstance(value, nn.Module) else "object"
-    return {"kind": kind, "type": _type_name(value), "sequence": isinstance(value, (tuple, list))}
-
-
-def _type_name(value: Any) -> str:
-    cls = type(value)
-    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+    host.reply(commands.Value(False, description(entry.value)), frame.sequence)
 
 
 def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -232,9 +213,7 @@ def remove(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 
 def free(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
-    """Nobody holds these ids any more."""
-    for target in commands.Free(*fields).targets:
-        host.store.free(target)
+    """Nothing to do: the frees in front of every command are done by then."""
 
 
 def release(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -281,73 +260,6 @@ def inspect(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     host.reply(
         commands.Value(False, INSPECTIONS[command.what](host, *command.args)), frame.sequence
     )
-
-
-def _objects(host: Host) -> list[dict[str, Any]]:
-    return [_information(entry) for entry in host.store]
-
-
-def _information(entry: Entry) -> dict[str, Any]:
-    value = entry.value
-    tensor = value if isinstance(value, torch.Tensor) else None
-    return {
-        "id": entry.ids[0],
-        "type": _type_name(value),
-        "shape": None if tensor is None else tuple(tensor.shape),
-        "dtype": None if tensor is None else tensor.dtype,
-        "nbytes": sum(_tensor_bytes(value)),
-        "tags": entry.tags,
-        "description": entry.description,
-        "private": entry.domain.private,
-    }
-
-
-def _tensor_bytes(value: Any) -> Iterator[int]:
-    if isinstance(value, torch.Tensor):
-        yield value.numel() * value.element_size()
-    elif isinstance(value, nn.Module):
-        for tensor in [*value.parameters(), *value.buffers()]:
-            yield tensor.numel() * tensor.element_size()
-
-
-def _stats(host: Host) -> dict[str, Any]:
-    process = psutil.Process()
-    memory = process.memory_info()
-    times = process.cpu_times()
-    try:
-        pss = process.memory_full_info().pss
-    except (psutil.Error, AttributeError):  # the platform does not count shared pages apart
-        pss = memory.rss
-    return {
-        "cpu_s": times.user + times.system,
-        "rss_bytes": memory.rss,
-        "pss_bytes": pss,
-        "arena_bytes": host.arena.used_bytes,
-        "objects": len(host.store),
-        "commands": host.commands,
-    }
-
-
-def _search(host: Host, tags: frozenset[str]) -> list[tuple[int, dict[str, Any]]]:
-    found = [entry for entry in host.store if tags <= entry.tags]
-    return [(entry.ids[0], _description(entry.value)) for entry in found]
-
-
-def _clear(host: Host) -> None:
-    host.store.clear()
-
-
-def _permitted(host: Host, target: int) -> None:
-    privacy.may_leave(host.store.entry(target), "send", host.spec.name)
-
-
-INSPECTIONS: dict[str, Callable[..., Any]] = {
-    "objects": _objects,
-    "stats": _stats,
-    "search": _search,
-    "clear": _clear,
-    "permitted": _permitted,
-}
 
 
 def stop(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:

@@ -56,12 +56,19 @@ class Host:
     # ---- reading
 
     def decode(self, frame: frames.Frame) -> tuple[Any, ...]:
-        """The fields of a command; entries it refers to are noted in ``used``."""
+        """The fields of a command; entries it refers to are noted in ``used``.
+
+        Frees that ride in front are done first: nothing in the command can refer to them.
+        """
+        if frame.flags & frames.FREES:
+            ids, body = frames.split_frees(frame.body)
+            for oid in ids:
+                self.store.free(oid)
+            frame = frame._replace(body=body)
         if frame.flags & frames.PLAIN:
             fields: tuple[Any, ...] = pickle.loads(frame.body)
             return fields
-        fields = self.load(frame.body, frame.flags, PARENT)
-        return fields
+        return tuple(self.load(frame.body, frame.flags, PARENT))
 
     def load(self, body: bytes, flags: int, source: str) -> Any:
         """Unpickle ``body``; its tensors lie in the arena named ``source``."""

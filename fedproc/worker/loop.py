@@ -66,8 +66,8 @@ class Loop:
     def execute(self, frame: Frame) -> None:
         """Execute one command; whatever it raises becomes a reply."""
         host = self._host
-        if host.stopped:
-            return
+        if host.stopped or 0 < frame.sequence <= self._last:
+            return  # numbers only rise: an interrupted parent may have written a frame twice
         started = time.perf_counter()
         host.commands += 1
         self._last = max(self._last, frame.sequence)  # a Release has none
@@ -82,7 +82,7 @@ class Loop:
                 with self._turn(strict=_is_client(host)):
                     HANDLERS[frame.kind](host, frame, fields)
             del fields
-        except BaseException as error:  # answers the request: nothing may end the loop
+        except BaseException as error:  # noqa: BLE001 - answers the request: nothing may end the loop
             self._fail(frame, error)
         host.trouble = None
         host.used.clear()

@@ -88,7 +88,7 @@ def _open(
         torch.empty(0, device=spec.device)
         socket.send_fds(side, [b"a"], [host.arena.fd])
         host.reply(Ready(os.getpid(), host.arena.size_bytes), 0)
-    except Exception as error:  # answers the request to start
+    except Exception as error:  # noqa: BLE001 - answers the request to start
         _reply_failed(channel, error)
         return None
     channel.flush()

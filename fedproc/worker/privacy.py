@@ -24,7 +24,8 @@ METADATA = frozenset(
     Tensor.storage_offset Tensor.type Tensor.get_device Tensor.is_same_size Tensor.is_coalesced
     Tensor.sparse_dim Tensor.dense_dim Tensor.is_inference torch.numel torch.is_floating_point
     torch.is_complex torch.is_signed torch.is_same_size torch.result_type torch.can_cast
-    builtins.len""".split()
+    builtins.len fedproc.worker.parts.has_gradient fedproc.worker.parts.kind_of
+    fedproc.worker.parts.parameter_names fedproc.worker.parts.state_names""".split()
 )
 """Functions that answer about the shape or type of a tensor, not about its values."""
 

@@ -86,7 +86,7 @@ class ObjectStore:
         """
         found = self._by_id.get(oid)
         if found.__class__ is Entry:
-            return found  # type: ignore[return-value]
+            return found
         if isinstance(found, Tombstone):
             raise PoisonedError(found.cause)
         raise ObjectGoneError(

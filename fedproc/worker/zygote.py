@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedproc.worker.lifeline import hold_lifeline, let_go
@@ -31,7 +32,7 @@ def main(control_fd: int, lifeline_fd: int, preload: tuple[str, ...]) -> None:
     control = socket.socket(fileno=control_fd)
     try:
         _prepare(preload)
-    except BaseException as error:  # answers the request to start
+    except BaseException as error:  # noqa: BLE001 - answers the request to start
         _send(control, ("failed", f"{type(error).__name__}: {error}"))
         return
     # From here on the end of the control stream tells us, and there is something to do then.
@@ -66,7 +67,7 @@ def _prepare(preload: tuple[str, ...]) -> None:
 
 
 def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _send(control: socket.socket, message: tuple[Any, ...]) -> None:

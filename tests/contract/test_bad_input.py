@@ -73,12 +73,6 @@ def test_a_pointer_of_a_closed_cluster_in_another(transport, cluster, bob, x):
     assert torch.equal(q.get(), x)
 
 
-def test_a_function_that_prints(bob, capfd):
-    for text in ("one", "two"):
-        assert bob.run(print, text).get() is None
-    assert bob.alive is True
-
-
 def test_an_exception_in_the_users_block_leaves_the_cluster_whole(bob, x):
     p = bob.send(x)
     with contextlib.suppress(ZeroDivisionError):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedproc as fp
-from tests.contract.things import Counter, each, outcome
+from tests.contract.things import Adder, Counter, each, outcome
 
 MIB = 1 << 20
 
@@ -58,6 +58,7 @@ WRITES = {
     "item assignment": lambda p, c: p.__setitem__(0, 5.0),
     "run": lambda p, c: p.worker.run(torch.Tensor.add_, p, 1),
     "method of an object": lambda p, c: c.add(1),
+    "module call": lambda p, c: p.worker.send(Adder())(p),
 }
 
 
@@ -74,9 +75,7 @@ def _check_write(bob, x, write):
             time.sleep(0.001)
     if result is not None:
         result.wait()
-    assert torch.equal(p.get(), x) is (
-        result is not None and write is WRITES["method of an object"]
-    )
+    assert torch.equal(p.get(), x) is (write is WRITES["method of an object"])
 
 
 def test_what_follows_a_waiting_command_waits_too(bob, x):

@@ -75,7 +75,14 @@ def test_in_a_forked_child_pointers_are_closed_and_free_nothing(cluster, bob, x)
 
     def child():
         dropped.clear()
-        uses = (p.get, p.fetch, p.copy, lambda: (p + 1).get(), lambda: bob.send(x).get())
+        uses = (
+            p.get,
+            p.fetch,
+            p.copy,
+            lambda: (p + 1).get(),
+            lambda: bob.send(x).get(),
+            cluster.wait,
+        )
         return all(isinstance(outcome(use), fp.ClosedError) for use in uses)
 
     assert _in_forked_child(child) == 0

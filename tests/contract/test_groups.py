@@ -90,8 +90,8 @@ def test_modules_in_groups(cluster, x):
     assert all(torch.equal(value, local(x).detach()) for value in out.get())
 
 
-def test_members_work_at_once(gate):
-    with fp.Cluster(["alice", "bob"]) as cluster:
+def test_members_work_at_once(transport, gate):
+    with fp.Cluster(["alice", "bob"], transport=transport) as cluster:
         alice, bob = cluster
         held = bob.run(gate.hold, 1)
         g = fp.group(bob.run(torch.ones, 1), alice.run(torch.ones, 1)) * 2
@@ -144,8 +144,8 @@ def test_gather_waits_for_all_before_it_raises(bob, alice, gate, tmp_path):
     assert slow.get() == 3
 
 
-def test_as_completed_yields_in_order_of_completion(gate):
-    with fp.Cluster(["alice", "bob"]) as cluster:
+def test_as_completed_yields_in_order_of_completion(transport, gate):
+    with fp.Cluster(["alice", "bob"], transport=transport) as cluster:
         slow, fast = cluster["bob"].run(gate.hold, 1), cluster["alice"].run(abs, -2)
         done = fp.as_completed([slow, fast])
         assert next(done) is fast

@@ -88,6 +88,8 @@ bob.run(print, "printed by bob").wait()
 alice.run(lambda: print("written by alice", end="")).wait()
 show("pids", alice.pid, bob.pid)
 held = bob.send(torch.ones(3))
+with fp.Cluster(1) as closed:
+    also_held = closed.workers[0].send(torch.ones(3))
 """
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tests.contract.things import each
+
 A = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
 B = torch.tensor([[2.0, 0.5], [-1.0, 2.0]])
 N = torch.tensor([[1, 2], [3, 4]])

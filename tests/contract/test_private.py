@@ -1,5 +1,7 @@
 """Private objects: usable where they are, never leaving."""
 
+import functools
+import operator
 import traceback
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 import fedproc as fp
-from tests.contract.things import explode, outcome
+from tests.contract.things import Counter, explode, outcome
 
 SECRET = 43210.5
 
@@ -132,6 +134,14 @@ WRITES = {
     "data": lambda public, p: setattr(public, "data", p),
     "run": lambda public, p: public.worker.run(torch.Tensor.copy_, public, p),
     "through a view": lambda public, p: public[0].copy_(p[0]),
+    "index_copy_": lambda public, p: public.index_copy_(0, public.long(), p),
+    "setitem by function": lambda public, p: public.worker.run(operator.setitem, public, 0, p[0]),
+    "gradient": lambda public, p: setattr(public, "grad", p),
+    "backward": lambda public, p: (public.requires_grad_() * p).sum().backward(),
+    "keyword": lambda public, p: public.worker.run(torch.mul, p, p, out=public),
+    "nested": lambda public, p: public.worker.run(
+        lambda d: d["a"].copy_(d["b"]), {"a": public, "b": p}
+    ),
 }
 
 
@@ -144,6 +154,65 @@ def test_writing_a_private_value_makes_the_object_private(bob, p):
         if not isinstance(result, fp.NotPermittedError):
             wrong[name] = repr(result)
     assert wrong == {}
+
+
+def test_views_of_a_written_object_become_private_too(bob, p):
+    public = bob.send(torch.zeros(2))
+    row, flat = public[:1], public.view(-1)
+    public[0] = p[0]
+    for handle in (row, flat, public.detach(), public):
+        with pytest.raises(fp.NotPermittedError):
+            handle.get()
+
+
+def test_a_base_written_through_a_view_becomes_private(bob, p):
+    public = bob.send(torch.zeros(2))
+    row, other = public[:1], public[1:]
+    row.copy_(p)
+    for handle in (public, row, other):
+        with pytest.raises(fp.NotPermittedError):
+            handle.fetch()
+
+
+def test_buffers_written_in_a_call_make_the_module_private(bob):
+    m = bob.send(nn.BatchNorm1d(1))
+    m(bob.send(torch.tensor([[SECRET], [1.0]]), private=True)).wait()
+    for way in (
+        m.get,
+        m.fetch,
+        lambda: m.running_mean.get(),
+        lambda: m.state_dict()["running_mean"].get(),
+    ):
+        with pytest.raises(fp.NotPermittedError):
+            way()
+
+
+def test_a_container_given_to_a_run_with_a_private_value_becomes_private(bob, p):
+    box, counter = bob.send([]), bob.send(Counter())
+    bob.run(lambda b, t: b.append(t.item()), box, p).wait()
+    bob.run(lambda c, t: c.keep(t), counter, p).wait()
+    for way in (box.get, lambda: box[0].get(), counter.get, lambda: counter.tensor.get()):
+        with pytest.raises(fp.NotPermittedError):
+            way()
+
+
+def test_an_optimizer_with_private_gradients_keeps_them(bob):
+    w = bob.send(torch.ones(1, requires_grad=True))
+    opt = bob.run(torch.optim.SGD, [w], lr=0.1, momentum=0.9)
+    (w * bob.send(torch.tensor([SECRET]), private=True)).sum().backward()
+    opt.step()
+    for way in (w.get, w.fetch, opt.get, lambda: opt.state_dict().get(), lambda: w.grad.item()):
+        with pytest.raises(fp.NotPermittedError):
+            way()
+
+
+def test_moving_does_not_launder(bob, alice, p):
+    m = bob.send(nn.Linear(1, 1))
+    m(p).sum().backward()
+    for way in (lambda: m.move(alice), lambda: m.send(alice), lambda: m.copy().get()):
+        with pytest.raises(fp.NotPermittedError):
+            way()
+    assert len(alice.objects) == 0
 
 
 def test_putting_a_private_value_into_a_container_makes_it_private(bob, p):
@@ -205,3 +274,38 @@ def test_dropping_a_private_object_frees_it(bob, p):
 def test_moving_to_where_it_is_is_no_way_out(bob, p):
     assert p.move(bob) is p
     assert p.worker is bob
+
+
+def _federated(cluster, rows):
+    x = torch.linspace(-1, 1, 2 * rows).reshape(rows, 2)
+    data = fp.federate((x, x.sum(dim=1, keepdim=True)), cluster, private=True)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    local = fp.LocalTraining(loss=nn.MSELoss(), optimizer=sgd, batch_size=4)
+    return data, fp.Aggregator(nn.Linear(2, 1), data, local)
+
+
+def test_federated_data_can_be_private(cluster):
+    data, _ = _federated(cluster, 30)
+    for client in data.clients:
+        for pointer in data[client]:
+            with pytest.raises(fp.NotPermittedError):
+                pointer.fetch()
+    assert all(info.private for worker in cluster for info in worker.objects.values())
+
+
+def test_what_an_aggregator_folds_may_leave(cluster):
+    _, aggregator = _federated(cluster, 60)
+    before = aggregator.model.weight.tolist()
+    record = aggregator.run_round()
+    assert record.failures == {}
+    assert aggregator.model.weight.tolist() != before
+    assert record.loss > 0
+
+
+def test_means_over_few_private_rows_do_not_leave(cluster):
+    _, aggregator = _federated(cluster, 6)
+    record = aggregator.run_round()
+    assert record.loss is None
+    clients = outcome(aggregator.evaluate_clients)
+    if not isinstance(clients, fp.NotPermittedError):
+        assert [evaluation.loss for evaluation in clients.values()] == [None] * 3

@@ -145,5 +145,20 @@ def test_a_memory_limit_counts_what_is_alive(transport):
             assert bob.send(torch.full((1 << 18,), float(n)))[0].item() == n
 
 
+def test_devices_are_dealt_in_turn():
+    with fp.Cluster(3, transport="inline", devices=["cpu", "meta"]) as cluster:
+        devices = [torch.device(worker.device).type for worker in cluster]
+    assert devices == ["cpu", "meta", "cpu"]
+
+
+def test_standard_output_and_error_are_the_parents(transport, capfd):
+    with fp.Cluster(["bob"], transport=transport) as cluster:
+        cluster["bob"].run(print, "said by bob").wait()
+        cluster["bob"].run(lambda: print("complained by bob", file=sys.stderr)).wait()
+    shown = capfd.readouterr()
+    assert shown.out == "said by bob\n"
+    assert shown.err == "complained by bob\n"
+
+
 def test_devices_default_to_the_cpu(bob):
     assert torch.device(bob.device) == torch.device("cpu")

@@ -49,8 +49,8 @@ def test_a_timeout_is_not_an_unseen_error(cluster, bob, gate):
     assert r.get() == 1
 
 
-def test_a_timed_out_get_does_not_disturb_others(gate):
-    with fp.Cluster(["alice", "bob"]) as cluster:
+def test_a_timed_out_get_does_not_disturb_others(transport, gate):
+    with fp.Cluster(["alice", "bob"], transport=transport) as cluster:
         slow = cluster["bob"].run(gate.hold, 1)
         p = cluster["alice"].run(torch.ones, 2)
         with pytest.raises(fp.CommandTimeoutError):

@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002 - the global stream is the subject
 """The plain sequential loop that federated averaging must equal, bit for bit.
 
 No cluster, no pointers, no flat blocks: only PyTorch. Run it with one torch thread.

@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002 - the global stream is the subject
 """The model is the same bits as a plain sequential loop's, on any number of workers."""
 
 import functools

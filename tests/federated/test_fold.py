@@ -38,9 +38,7 @@ def test_the_mean_is_weighted():
 
 @given(
     st.lists(
-        st.tuples(
-            st.floats(-1e6, 1e6, width=32, allow_subnormal=False), st.integers(1, 10_000)
-        ),
+        st.tuples(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), st.integers(1, 10_000)),
         min_size=1,
         max_size=20,
     )

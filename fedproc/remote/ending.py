@@ -1,0 +1,36 @@
+"""The error for a worker whose process has ended. Runs in the parent."""
+
+import signal
+
+from fedproc.errors import WorkerLostError
+
+_BY_SIGKILL = " (the kernel does this when memory runs out: see `dmesg`)"
+
+
+def lost(
+    worker: str, pid: int, why: str, code: int | None, unfinished: list[str]
+) -> WorkerLostError:
+    """Who, how, what it had not finished, and what to do."""
+    return WorkerLostError(
+        f"worker {worker!r} (process {pid}) is gone: {why}{_how(code)}. {_last_words(unfinished)}"
+        "Its objects are lost; send them again to another worker, or use Cluster(restart=True) "
+        f"and cluster[{worker!r}].",
+        worker=worker,
+        exitcode=code,
+        last_command=unfinished[0] if unfinished else None,
+    )
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return ""
+    if code >= 0:
+        return f" with exit code {code}"
+    name = signal.Signals(-code).name
+    return f" by {name}{_BY_SIGKILL if code == -signal.SIGKILL else ''}"
+
+
+def _last_words(unfinished: list[str]) -> str:
+    if not unfinished:
+        return ""
+    return f"It had not finished {len(unfinished)} command(s), first `{unfinished[0]}`. "

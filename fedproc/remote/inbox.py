@@ -1,0 +1,118 @@
+"""What has come back from a worker: progress, answers, failures. Runs in the parent.
+
+Written by the thread that leads the hub, read by the threads that wait. A frame may be taken
+twice (see ``Channel.receive``), so every step can be repeated.
+"""
+
+import pickle
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from fedproc.memory.tensors import Exporter
+from fedproc.remote.failures import Failures
+from fedproc.remote.site import Site
+from fedproc.wire import commands
+from fedproc.wire.frames import Frame
+
+_READY = commands.KIND[commands.Ready]
+_VALUE = commands.KIND[commands.Value]
+_REFUSAL = commands.KIND[commands.Refusal]
+_FAILED = commands.KIND[commands.Failed]
+
+
+class Inbox:
+    """The replies of one worker."""
+
+    def __init__(self, worker: str, release: Callable[[int], None]) -> None:
+        """``release``: tells the worker that the blocks of an answer are not read any more."""
+        self.executed = 0
+        self.failures = Failures(worker)
+        self._release = release
+        self._answers: dict[int, Frame] = {}
+        self._abandoned: set[int] = set()
+        self._sites: deque[tuple[int, Site, str]] = deque()
+        self._exporters: deque[tuple[int, Exporter]] = deque()
+
+    # ---- what is on its way
+
+    def expect(self, number: int, site: Site, what: str) -> None:
+        """Command ``number`` was submitted."""
+        self._sites.append((number, site, what))
+
+    def hold(self, number: int, exporter: Exporter) -> None:
+        """Blocks of our arena that command ``number`` reads."""
+        self._exporters.append((number, exporter))
+
+    def unanswered(self) -> int:
+        """How many commands are on their way, as far as is known."""
+        return len(self._sites)
+
+    def unfinished(self) -> list[str]:
+        """What the worker was asked and has not done, oldest first."""
+        return [what for number, _, what in self._sites.copy() if number > self.executed]
+
+    # ---- what has come
+
+    def take(self, frame: Frame) -> None:
+        """Take in one reply."""
+        number = frame.sequence
+        if frame.kind == _FAILED:
+            self.failures.add(number, self._site(number), *pickle.loads(frame.body))
+        elif frame.kind == _REFUSAL:
+            self.failures.note_site(number, self._site(number))
+            self._answered(number, frame)
+        elif frame.kind in (_VALUE, _READY):
+            self._answered(number, frame)
+        self.executed = max(self.executed, number)
+        while self._sites and self._sites[0][0] <= self.executed:
+            self._sites.popleft()
+        while self._exporters and self._exporters[0][0] <= self.executed:
+            self._exporters.popleft()[1].release()
+
+    def _site(self, number: int) -> Site:
+        """Where command ``number`` was issued; those before it are executed, too."""
+        while self._sites and self._sites[0][0] < number:
+            self._sites.popleft()
+        if self._sites and self._sites[0][0] == number:
+            return self._sites[0][1]
+        return Site.nowhere()
+
+    def _answered(self, number: int, frame: Frame) -> None:
+        if number in self._abandoned:
+            self._abandoned.discard(number)
+            self._release(number)
+        else:
+            self._answers[number] = frame
+
+    def has(self, number: int) -> bool:
+        """Whether query ``number`` is answered."""
+        return number in self._answers
+
+    def open(self, number: int) -> Any:
+        """The payload of an answer.
+
+        Raises:
+            KeyError: there is none.
+            RemoteError, FedprocError: the query was refused.
+        """
+        frame = self._answers.pop(number)
+        fields = pickle.loads(frame.body)
+        if frame.kind == _REFUSAL:
+            self.failures.refused(number, *fields)
+        # the last field, of Value and of Ready alike
+        return fields[-1]
+
+    def abandon(self, number: int) -> None:
+        """Nobody waits for this answer any more."""
+        # First the note, then the look: whichever way the leader is just going, it or we release.
+        self._abandoned.add(number)
+        if self._answers.pop(number, None) is not None:
+            self._abandoned.discard(number)
+            self._release(number)
+
+    def close(self) -> None:
+        """Nothing will come any more."""
+        while self._exporters:
+            self._exporters.popleft()[1].release()
+        self._answers.clear()

@@ -1,0 +1,206 @@
+"""What goes to a worker: numbering, order, and what is held back while it is read. Parent.
+
+Any thread may send. The order of the numbers is the order in the stream is the order of execution.
+The frees of dropped pointers ride in front of the next command: by then everything that used them
+is in the stream already.
+"""
+
+import itertools
+import pickle
+import threading
+import time
+import weakref
+from collections import deque
+
+from fedproc.errors import FedprocError
+from fedproc.remote.handle import Handle
+from fedproc.remote.inbox import Inbox
+from fedproc.remote.message import Message, plain
+from fedproc.remote.site import Site
+from fedproc.transport.channel import Channel
+from fedproc.wire import commands, frames
+
+BURST_SECONDS = 2e-4
+"""A command that follows another this quickly waits for company before it is written."""
+BURST_COMMANDS = 64
+
+_RELEASE = commands.KIND[commands.Release]
+_BOOKKEEPING = frozenset({commands.Free, commands.Define, commands.Attach})
+
+
+class Borrow:
+    """Somebody reads the worker's memory: commands that may write wait until it ends."""
+
+    def __init__(self, *, scoped: bool) -> None:
+        """``scoped``: the user holds it in a ``with`` block, and could wait for himself in it."""
+        self.query = 0
+        self.thread = threading.get_ident() if scoped else None
+        self._outbox: Outbox | None = None
+
+    def begin(self, outbox: "Outbox", query: int) -> None:
+        """The query is sent: ``query`` is its number."""
+        self.query = query
+        self._outbox = outbox
+
+    @property
+    def active(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self._outbox is not None
+
+    def end(self) -> bool:
+        """Nothing is read any more; whether it was."""
+        was, self._outbox = self._outbox is not None, None
+        return was
+
+    def __del__(self) -> None:
+        """An interrupt took away whoever would have ended it: leave a note, as all finalizers."""
+        if self._outbox is not None:
+            self._outbox.orphan(self.query)
+
+
+class Outbox:
+    """The commands to one worker."""
+
+    def __init__(self, channel: Channel, inbox: Inbox, numbers: "itertools.count[int]") -> None:
+        """``inbox`` is told what to expect; ``numbers`` is shared by all workers of a cluster."""
+        self.lock = threading.RLock()
+        self.trash: deque[int] = deque()
+        self.handles: dict[int, weakref.ref[Handle]] = {}
+        self.writes = 0  # commands so far that could change an existing tensor
+        self.submitted = 0
+        self.last = 0
+        self._channel = channel
+        self._inbox = inbox
+        self._numbers = numbers
+        self._shipped: set[bytes] = set()
+        self._borrows: list[weakref.ref[Borrow]] = []
+        self._orphans: deque[int] = deque()
+        self._held: list[tuple[int, bytes]] = []
+        self._written_at = 0.0
+
+    def send(self, message: Message, site: Site) -> int:
+        """Number a command and queue it; the caller has the lock."""
+        if message.definitions:
+            self._define(message.definitions)
+        return self._append(message, site)
+
+    def _append(self, message: Message, site: Site) -> int:
+        number = next(self._numbers)
+        flags, body = message.flags, message.body
+        if self.trash:
+            flags |= frames.FREES
+            body = frames.with_frees(self._dropped(), body)
+        frame = frames.pack(commands.KIND[message.record], flags, number, body)
+        if message.writes:
+            self.writes += 1
+        if message.exporter is not None:
+            self._inbox.hold(number, message.exporter)
+        if message.record not in _BOOKKEEPING:
+            self._inbox.expect(number, site, message.what)
+            self.submitted += 1
+        if self._held:
+            self._let_held_go()
+        if self._held or (message.writes and self._lent()):
+            self._held.append((number, frame))
+        elif self._channel.append(frame) >= BURST_COMMANDS:
+            self.flush()
+        # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
+        self.last = number
+        return number
+
+    def _dropped(self) -> list[int]:
+        """Ids of dropped pointers, off the trash."""
+        dropped: list[int] = []
+        while self.trash and len(dropped) < frames.MOST_FREES:
+            dropped.append(self.trash.popleft())
+            self.handles.pop(dropped[-1], None)
+        return dropped
+
+    def _define(self, definitions: dict[bytes, bytes]) -> None:
+        for digest, code in definitions.items():
+            if digest not in self._shipped:
+                self._append(plain(commands.Define(digest, code), "define"), Site.nowhere())
+                self._shipped.add(digest)
+
+    def in_burst(self) -> bool:
+        """Whether the last write was a moment ago: then the next may wait for company."""
+        return time.monotonic() - self._written_at <= BURST_SECONDS
+
+    def flush(self) -> bool:
+        """Write what can be written; whether everything was."""
+        self._written_at = time.monotonic()
+        return self._channel.flush()
+
+    def tidy(self) -> None:
+        """Send the frees of dropped pointers, if no command took them along."""
+        while self._orphans:
+            self._inbox.abandon(self._orphans.popleft())
+        if self.trash or self._held:
+            with self.lock:
+                while self.trash:
+                    self._append(plain(commands.Free(), "free"), Site.nowhere())
+                self._let_held_go()
+
+    # ---- borrows
+
+    def lend(self, borrow: Borrow, query: int) -> None:
+        """From now on commands that may write wait; the caller has the lock since the query."""
+        borrow.begin(self, query)
+        self._borrows.append(weakref.ref(borrow))
+
+    def _lent(self) -> bool:
+        """Whether somebody reads. An interrupted borrow is gone with whoever held it."""
+        if self._borrows:
+            self._borrows = [ref for ref in self._borrows if _reads(ref)]
+        return bool(self._borrows)
+
+    def give_back(self, borrow: Borrow) -> None:
+        """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
+        query = borrow.query
+        if borrow.end():
+            self.release(query)
+        with self.lock:
+            self._let_held_go()
+
+    def _let_held_go(self) -> None:
+        if self._held and not self._lent():
+            for _, frame in self._held:  # interrupted here, some go twice: the worker sees that
+                self._channel.append(frame)
+            self._held = []
+            self.flush()
+
+    def orphan(self, query: int) -> None:
+        """A borrow was interrupted; called by a finalizer."""
+        self._orphans.append(query)
+
+    def release(self, query: int) -> None:
+        """The blocks that answered ``query`` are not read any more."""
+        body = pickle.dumps(((query,),), protocol=5)
+        # Number 0: it overtakes what a borrow holds back, so it must not count as progress.
+        self._channel.append(frames.pack(_RELEASE, frames.PLAIN, 0, body))
+
+    def refuse_deadlock(self, number: int, worker: str) -> None:
+        """Refuse to wait in a borrow block for what waits for the end of that block.
+
+        Raises:
+            FedprocError: this would wait for ever.
+        """
+        held = self._held
+        if not held or number < held[0][0]:
+            return
+        readers = [ref() for ref in self._borrows if _reads(ref)]
+        if any(reader and reader.thread == threading.get_ident() for reader in readers):
+            raise FedprocError(
+                f"this would wait for ever: the command on worker {worker!r} may write, so it "
+                "waits for the end of the `with pointer.borrow()` block it is waited for in. Use "
+                "its result after the block."
+            )
+
+    def close(self) -> None:
+        """Nothing goes out any more."""
+        self._held.clear()
+
+
+def _reads(reference: "weakref.ref[Borrow]") -> bool:
+    borrow = reference()
+    return borrow is not None and borrow.active

@@ -1,0 +1,100 @@
+"""Questions about a worker and its objects, and their answers. Runs in the worker."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from fedproc.worker import privacy
+from fedproc.worker.host import Host
+from fedproc.worker.store import Entry
+
+
+def description(value: Any) -> dict[str, Any]:
+    """Kind, shape, dtype ... of an object."""
+    if isinstance(value, torch.Tensor):
+        return {
+            "kind": "tensor",
+            "shape": tuple(value.shape),
+            "dtype": value.dtype,
+            "device": value.device,
+            "requires_grad": value.requires_grad,
+            "is_leaf": value.is_leaf,
+        }
+    kind = "module" if isinstance(value, nn.Module) else "object"
+    return {"kind": kind, "type": type_name(value), "sequence": isinstance(value, (tuple, list))}
+
+
+def type_name(value: Any) -> str:
+    """Qualified name of an object's class."""
+    cls = type(value)
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+
+
+def _objects(host: Host) -> list[dict[str, Any]]:
+    return [_information(entry) for entry in host.store]
+
+
+def _information(entry: Entry) -> dict[str, Any]:
+    value = entry.value
+    tensor = value if isinstance(value, torch.Tensor) else None
+    return {
+        "id": entry.ids[0],
+        "type": type_name(value),
+        "shape": None if tensor is None else tuple(tensor.shape),
+        "dtype": None if tensor is None else tensor.dtype,
+        "nbytes": sum(_tensor_bytes(value)),
+        "tags": entry.tags,
+        "description": entry.description,
+        "private": entry.domain.private,
+    }
+
+
+def _tensor_bytes(value: Any) -> Iterator[int]:
+    if isinstance(value, torch.Tensor):
+        yield value.numel() * value.element_size()
+    elif isinstance(value, nn.Module):
+        for tensor in [*value.parameters(), *value.buffers()]:
+            yield tensor.numel() * tensor.element_size()
+
+
+def _stats(host: Host) -> dict[str, Any]:
+    process = psutil.Process()
+    memory = process.memory_info()
+    times = process.cpu_times()
+    try:
+        pss = process.memory_full_info().pss
+    except (psutil.Error, AttributeError):  # the platform does not count shared pages apart
+        pss = memory.rss
+    return {
+        "cpu_s": times.user + times.system,
+        "rss_bytes": memory.rss,
+        "pss_bytes": pss,
+        "arena_bytes": host.arena.used_bytes,
+        "objects": len(host.store),
+        "commands": host.commands,
+    }
+
+
+def _search(host: Host, tags: frozenset[str]) -> list[tuple[int, dict[str, Any]]]:
+    found = [entry for entry in host.store if tags <= entry.tags]
+    return [(entry.ids[0], description(entry.value)) for entry in found]
+
+
+def _clear(host: Host) -> None:
+    host.store.clear()
+
+
+def _permitted(host: Host, target: int) -> None:
+    privacy.may_leave(host.store.entry(target), "send", host.spec.name)
+
+
+INSPECTIONS: dict[str, Callable[..., Any]] = {
+    "objects": _objects,
+    "stats": _stats,
+    "search": _search,
+    "clear": _clear,
+    "permitted": _permitted,
+}

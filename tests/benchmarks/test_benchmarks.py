@@ -1,0 +1,58 @@
+"""Every benchmark runs and prints numbers. How large they are is not tested."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBER = r"[\d,]+(?:\.\d+)?"
+LINE = re.compile(rf"^(.+?) +({NUMBER}) +({NUMBER}) +({NUMBER})  (\S+) +(\d+)$", re.MULTILINE)
+UNITS = {"s", "ms", "us", "MiB", "GB/s", "x"}
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=55
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("start", 7), ("overlap", 5), ("tensors", 11)])
+def test_prints_a_table_of_numbers(name, rows):
+    title, rule, *lines = run(f"benchmarks.{name}", "--quick").splitlines()
+    assert title.split() == [name, "median", "quartiles", "unit", "runs"]
+    assert set(rule) == {"-"}
+    found = [LINE.match(line) for line in lines]
+    assert len(found) == rows
+    assert all(found), lines
+    assert {match[5] for match in found} <= UNITS
+    assert all(float(match[2].replace(",", "")) >= 0 for match in found)
+
+
+@pytest.mark.slow
+def test_all_of_them_write_json_and_print_it(tmp_path):
+    out = tmp_path / "results.json"
+    printed = run("benchmarks", "ops", "--quick", "--out", str(out))
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert written["quick"] is True
+    assert {"time", "cpu", "cores", "memory_gib", "torch", "fedproc"} <= set(written["machine"])
+    assert list(written["benchmarks"]) == ["ops"]
+    rows = written["benchmarks"]["ops"]
+    assert all(0 < row["median"] < math.inf and row["low"] <= row["high"] for row in rows)
+    assert [match[1].strip() for match in LINE.finditer(printed)] == [
+        row["what"].strip() for row in rows
+    ]
+
+
+def test_a_name_that_does_not_exist_is_refused(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2
+    assert "no benchmark is called ['nothing']" in done.stderr
