@@ -63,15 +63,18 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def paired(runs: int, **actions: Callable[[], float]) -> dict[str, list[float]]:
-    """``runs`` samples of each action, taken in turns after one that does not count.
+def paired(
+    runs: int, *, warm_up: bool = True, **actions: Callable[[], float]
+) -> dict[str, list[float]]:
+    """``runs`` samples of each action, taken in turns.
 
     Args:
         runs: samples of each.
+        warm_up: do each once before, without counting it.
         actions: each does its work once and tells the seconds that count.
     """
     samples: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
+    for action in actions.values() if warm_up else ():
         action()
     for run in range(runs):
         names = list(actions) if run % 2 == 0 else list(reversed(actions))

@@ -74,6 +74,7 @@ def benchmark(quick: bool) -> list[Row]:
     runs, first_runs, sizes, most = (2, 1, [2], 2) if quick else (15, 5, [1, 2, 8], 8)
     first = paired(
         first_runs,
+        warm_up=not quick,
         torch=lambda: in_new_interpreter(TORCH),
         **{str(n): lambda n=n: in_new_interpreter(FIRST.format(workers=n)) for n in sizes},
     )

@@ -101,7 +101,8 @@ class WorkerLostError(FedprocError):
     @property
     def signal(self) -> Signals | None:
         """The signal that ended the process, None when it exited by itself."""
-        if self.exitcode is None or self.exitcode >= 0:
+        known = {signal.value for signal in Signals}
+        if self.exitcode is None or -self.exitcode not in known:
             return None
         return Signals(-self.exitcode)
 
@@ -150,7 +151,9 @@ class RemoteError(FedprocError):
         return _restore_remote, (original, self.args, self.__dict__)
 
 
-def remote_error(original: type[BaseException] | None, message: str, **facts: Any) -> RemoteError:
+def remote_error(
+    original: type[BaseException] | None, message: str, facts: dict[str, Any]
+) -> RemoteError:
     """Make a RemoteError that is also an ``original``, without running the original's ``__init__``.
 
     Args:

@@ -204,6 +204,11 @@ class Cluster:
         """Number of commands submitted to the workers so far."""
         return sum(worker.link.outbox.submitted for worker in self._workers.values())
 
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of the messages to and from the workers so far; shared memory is not counted."""
+        return sum(worker.link.channel.moved_bytes for worker in self._workers.values())
+
     # ---- the end
 
     @property
@@ -214,12 +219,12 @@ class Cluster:
     def close(self) -> None:
         """End all workers without waiting for their work. Idempotent; never raises."""
         with self._lock:
-            if self._closed or self._owner != os.getpid():
+            if self not in _open or self._owner != os.getpid():
                 return
             self._closed = True
-            _open.discard(self)
             self._supervisor.end([worker.link for worker in self._workers.values()])
             self._supervisor.close()
+            _open.discard(self)  # last: interrupted before, close() can be called again
 
     def __enter__(self) -> "Self":
         """The cluster itself."""

@@ -32,7 +32,16 @@ class TensorSpec(NamedTuple):
     offset: int
     requires_grad: bool
     parameter: bool
-    grad: int  # place of the gradient in the table, -1: none
+    grad: "int | SparseGrad"  # place of the gradient in the table, -1: none
+
+
+class SparseGrad(NamedTuple):
+    """A gradient in COO layout: places of its parts in the table."""
+
+    indices: int
+    values: int
+    shape: tuple[int, ...]
+    coalesced: bool
 
 
 Table = tuple[list[TensorSpec], list[Place]]
@@ -90,6 +99,7 @@ class Packer:
         """Start empty."""
         self.tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}
+        self._grads: dict[int, int | SparseGrad] = {}
         self.cut_graph = False
 
     def add(self, tensor: torch.Tensor) -> int | None:
@@ -104,7 +114,18 @@ class Packer:
         if tensor.grad_fn is not None:
             self.cut_graph = True
         elif tensor.is_leaf and tensor.grad is not None:
-            self.add(tensor.grad)
+            self._grads[place] = self._grad(tensor.grad)
+        return -place
+
+    def _grad(self, grad: torch.Tensor) -> int | SparseGrad:
+        if grad.layout is torch.sparse_coo:
+            indices, values = self.add(grad._indices()), self.add(grad._values())
+            assert indices is not None
+            assert values is not None
+            return SparseGrad(-indices, -values, tuple(grad.shape), grad.is_coalesced())
+        place = self.add(grad)
+        if place is None:
+            raise TypeError(f"a tensor has a gradient of layout {grad.layout}, which cannot travel")
         return -place
 
     def table(self, place: Callable[[torch.Tensor, tuple[int, ...]], Place]) -> Table:
@@ -112,8 +133,9 @@ class Packer:
         plain = [_resolved(tensor) for tensor in self.tensors]
         groups: dict[int, list[int]] = {}
         for index, tensor in enumerate(plain):
-            pointer = tensor.untyped_storage().data_ptr()
-            groups.setdefault(pointer or -index, []).append(index)
+            # What has no elements shares none.
+            pointer = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+            groups.setdefault(pointer or -1 - index, []).append(index)
         specs: list[TensorSpec | None] = [None] * len(plain)
         places: list[Place] = []
         for members in groups.values():
@@ -138,7 +160,6 @@ class Packer:
     def _spec(self, index: int, storage: int, stride: tuple[int, ...], offset: int) -> TensorSpec:
         tensor = self.tensors[index]
         leaf = tensor.grad_fn is None
-        grad = tensor.grad if leaf else None
         return TensorSpec(
             storage,
             tensor.dtype,
@@ -147,7 +168,7 @@ class Packer:
             offset,
             leaf and tensor.requires_grad,
             isinstance(tensor, nn.Parameter),
-            -1 if grad is None else self._places.get(id(grad), -1),
+            self._grads.get(index, -1),
         )
 
 
@@ -165,7 +186,7 @@ def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _covering(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Bytes (uint8, 1-d) of the storage range that several tensors share; None for one alone."""
-    if len(tensors) == 1 or any(tensor.numel() == 0 for tensor in tensors):
+    if len(tensors) == 1:
         return None
     first = min(t.storage_offset() * t.element_size() for t in tensors)
     last = max(_end_bytes(t) for t in tensors)
@@ -199,9 +220,18 @@ def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.T
             tensor.requires_grad_()
         tensors.append(tensor)
     for tensor, spec in zip(tensors, specs, strict=True):
-        if spec.grad >= 0:
+        if isinstance(spec.grad, SparseGrad):
+            tensor.grad = _sparse(spec.grad, tensors)
+        elif spec.grad >= 0:
             tensor.grad = tensors[spec.grad]
     return tensors
+
+
+def _sparse(grad: SparseGrad, tensors: list[torch.Tensor]) -> torch.Tensor:
+    parts = tensors[grad.indices], tensors[grad.values]
+    return torch.sparse_coo_tensor(
+        *parts, grad.shape, check_invariants=False, is_coalesced=grad.coalesced
+    )
 
 
 def read_place(place: Place, view: Callable[[Block], Any], target: torch.Tensor) -> torch.Tensor:

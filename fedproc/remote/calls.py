@@ -107,7 +107,7 @@ def operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return order(name, args, kwargs, what=name, operation=True)
         if last.endswith("_") or name.startswith("operator.i"):
             order(name, args, kwargs, what=name, operation=True)
-            return args[0]
+            return args[0] if args else next(p for p in kwargs.values() if is_pointer(p))
         if kwargs.get("out") is not None:
             order(name, args, kwargs, what=name, operation=True)
             return kwargs["out"]

@@ -57,12 +57,7 @@ class Outgoing:
             NotShippableError: something in it cannot be pickled.
             ObjectGoneError: a pointer was fetched already.
         """
-        externals: dict[type, Callable[[Any], int | None]]
-        externals = dict.fromkeys(POINTER_TYPES, self._pointer)
-        externals[torch.Tensor] = externals[nn.Parameter] = self._tensor
-        if self._operation:
-            externals[np.ndarray] = self._array
-        encoder = Encoder(externals)
+        encoder = Encoder(self._externals())
         try:
             body = encoder.encode(fields)
         except FedprocError:
@@ -90,6 +85,14 @@ class Outgoing:
             definitions=encoder.definitions or None, **rest,
         )  # fmt: skip
 
+    def _externals(self) -> dict[type, Callable[[Any], int | None]]:
+        externals: dict[type, Callable[[Any], int | None]]
+        externals = dict.fromkeys(POINTER_TYPES, self._pointer)
+        externals[torch.Tensor] = externals[nn.Parameter] = self._packer.add
+        if self._operation:
+            externals[np.ndarray] = self._array
+        return externals
+
     @property
     def cut_graph(self) -> bool:
         """Whether a tensor lost its autograd history on the way."""
@@ -104,9 +107,6 @@ class Outgoing:
             raise self._apart(pointer)
         self._pointers.append(pointer)
         return handle.oid
-
-    def _tensor(self, tensor: torch.Tensor) -> int | None:
-        return self._packer.add(tensor)
 
     def _array(self, _: Any) -> int:
         raise PlacementError(

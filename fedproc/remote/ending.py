@@ -26,7 +26,8 @@ def _how(code: int | None) -> str:
         return ""
     if code >= 0:
         return f" with exit code {code}"
-    name = signal.Signals(-code).name
+    known = {each.value: each.name for each in signal.Signals}
+    name = known.get(-code, f"signal {-code}")
     return f" by {name}{_BY_SIGKILL if code == -signal.SIGKILL else ''}"
 
 

@@ -67,7 +67,7 @@ class Failures:
         return remote_error(
             _load(failure.kind),
             _text(failure, self._worker, site),
-            **{**(_load(failure.state) or {}), **self._facts(failure, site)},
+            {**(_load(failure.state) or {}), **self._facts(failure, site)},
         )
 
     def _facts(self, failure: Failure, site: Site) -> dict[str, Any]:

@@ -194,11 +194,15 @@ def _bind(results: list[Any]) -> Any:
     """A group of pointers; a tuple of groups of tuples; a list of anything else."""
     if all(issubclass(type(result), Pointer) for result in results):
         return PointerGroup(results)
-    if all(isinstance(result, tuple) for result in results):
+    if all(_holds_pointers(result) for result in results):
         columns = [_bind(list(column)) for column in zip(*results, strict=True)]
         kind = type(results[0])
         return kind(columns) if kind is not tuple else tuple(columns)
     return None if all(result is None for result in results) else results
+
+
+def _holds_pointers(result: Any) -> bool:
+    return isinstance(result, tuple) and any(issubclass(type(one), Pointer) for one in result)
 
 
 def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[Any]:
@@ -210,7 +214,7 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     asked: list[Any] = []
-    for pointer in pointers:
+    for pointer in list(pointers):
         try:
             handle = pointer._data()
             asked.append((handle.link, reading.start(handle, "gather")))
@@ -257,7 +261,10 @@ def as_completed(pointers: Iterable[Pointer], timeout: float | None = None) -> I
 
 
 def _wait_for_one(waiting: list[Pointer], timeout: float | None) -> bool:
-    hub = waiting[0]._data().link.hub
+    handles = [pointer._data() for pointer in waiting]
+    for handle in handles:
+        handle.link.refuse_deadlock(handle.number)
+    hub = handles[0].link.hub
     return hub.wait_until(lambda: any(_is_done(pointer) for pointer in waiting), timeout)
 
 

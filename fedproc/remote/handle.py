@@ -61,11 +61,10 @@ class Handle:
             raise ObjectGoneError(self.gone)
 
     def moved(self, link: "Link", oid: int, number: int) -> None:
-        """The object is elsewhere now; what is known of it stays true."""
-        fresh = self.facts_at == self.link.outbox.writes
+        """The object is elsewhere now."""
         self.link.outbox.handles.pop(self.oid, None)
         self.link, self.oid, self.number = link, oid, number
-        self.facts_at = link.outbox.writes if fresh else -1
+        self.facts_at = -1  # a cut graph changes requires_grad and is_leaf
         link.note(self)
 
 

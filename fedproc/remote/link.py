@@ -94,12 +94,14 @@ class Link:
             self.hub.tail()
         if self.lockstep != 0.0 and not urgent:
             self._in_step(number)
-        elif self.inbox.unanswered() > MOST_UNANSWERED:
+        elif not urgent and self.inbox.unanswered() > MOST_UNANSWERED:
             self._catch_up()
         return number
 
     def _in_step(self, number: int) -> None:
         """Go on when the command is done, or has taken ``lockstep`` seconds."""
+        if self.lockstep is None:
+            self.refuse_deadlock(number)
         self.flush()
         self.hub.wait_until(lambda: self.executed(number), self.lockstep)
         if self.lockstep is None:  # FEDPROC_SYNC: errors are raised where the call was made

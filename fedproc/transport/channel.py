@@ -34,6 +34,7 @@ class Channel:
         # bytes received, how many of them are parsed, chunks received since
         self._input: tuple[bytes, int, list[bytes]] = (b"", 0, [])
         self.ended = False
+        self.moved_bytes = 0  # written and read so far
 
     def fileno(self) -> int:
         """Descriptor for ``poll``; -1 once closed."""
@@ -95,6 +96,7 @@ class Channel:
             return True
         with self._append_lock:
             self._output = (self._output[0], None, [])
+        self.moved_bytes += len(batch)
         return True
 
     def receive(self, handle: Callable[[Frame], None]) -> None:
@@ -126,6 +128,7 @@ class Channel:
             data = (data[start:] if start < len(data) else b"") + b"".join(chunks)
             start = 0
             self._input = (data, start, [])
+            self.moved_bytes += sum(map(len, chunks))
         for frame, end in unpack(data, start):
             handle(frame)
             self._input = (data, end, self._input[2])

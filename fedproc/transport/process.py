@@ -135,9 +135,15 @@ class ProcessTransport:
         streams = [os.dup(1), os.dup(2)]
         try:
             process = self._start(spec, around, [*fds, *streams], lifeline)
-        except OSError as error:
-            os.close(lifeline)
-            raise WorkerStartError(f"worker {spec.name!r} could not be started: {error}") from error
+        except BaseException as error:
+            os.close(lifeline)  # if the worker runs already, this ends it
+            data_here.close()
+            side_here.close()
+            if isinstance(error, OSError):
+                raise WorkerStartError(
+                    f"worker {spec.name!r} could not be started: {error}"
+                ) from error
+            raise
         finally:
             data_there.close()
             side_there.close()

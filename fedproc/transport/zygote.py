@@ -7,6 +7,7 @@ with the parent, however that ends. ``worker.zygote`` is the other end.
 
 import atexit
 import contextlib
+import itertools
 import os
 import pickle
 import select
@@ -18,12 +19,14 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedproc.errors import WorkerStartError
 from fedproc.transport.base import WorkerSpec
 
+FORK_SECONDS = 30.0
 _LENGTH = struct.Struct("<I")
 _BOOT = (
     "import sys, pickle; path, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
@@ -64,18 +67,28 @@ class Zygote:
             fds = (there.fileno(), lifeline)
             self._process = execute(("fedproc.worker.zygote", "main"), (*fds, preload), fds)
         os.close(lifeline)
-        self._data = b""
+        self._ready: tuple[Any, ...] | None = None
+        self._started: dict[int, int] = {}
+        self._requests = itertools.count(1)
+        self._input: tuple[bytes, list[bytes]] = (b"", [])
         _open_zygotes.add(self)
-        message = self._receive(time.monotonic() + timeout)
-        if message is None or message[0] != "ready":
+        try:
+            self._pump_until(lambda: self._ready is not None, time.monotonic() + timeout)
+            self._check_ready(preload, timeout)
+        except BaseException:
             self.close()
-            why = "it ended" if message is None else message[1]
+            raise
+
+    def _check_ready(self, preload: tuple[str, ...], timeout: float) -> None:
+        ready = self._ready
+        if ready is None or ready[0] != "ready":
+            why = "it ended or was too slow" if ready is None else ready[1]
             raise WorkerStartError(
                 f"the interpreter that workers are forked from could not be prepared: {why}. "
                 f"Check that torch and the modules in preload={list(preload)} import in a new "
                 f"`{sys.executable}`, or raise start_timeout (now {timeout:g} s)."
             )
-        self.forkable = message[1] == 1
+        self.forkable = ready[1] == 1
 
     @property
     def pid(self) -> int:
@@ -89,17 +102,21 @@ class Zygote:
 
     def fork(self, spec: WorkerSpec, around: tuple[Any, ...], fds: list[int]) -> int:
         """Fork a worker; its process id."""
-        data = pickle.dumps(("fork", tuple(spec), around))
+        request = next(self._requests)
+        data = pickle.dumps(("fork", request, tuple(spec), around))
+        packet = _LENGTH.pack(len(data)) + data
         with self._lock:
-            packet = _LENGTH.pack(len(data)) + data
             sent = socket.send_fds(self._control, [packet], fds)
-            self._control.sendall(packet[sent:])
-            while True:
-                message = self._receive(time.monotonic() + 30)
-                if message is None:
-                    raise WorkerStartError(f"worker {spec.name!r}: the zygote process has ended")
-                if message[0] == "started":
-                    return int(message[1])
+            if sent < len(packet):
+                self._control.sendall(packet[sent:])
+        # Answers carry the number of the request: one that was interrupted is not taken for ours.
+        self._pump_until(lambda: request in self._started, time.monotonic() + FORK_SECONDS)
+        if request not in self._started:
+            raise WorkerStartError(
+                f"worker {spec.name!r}: the process that workers are forked from does not answer. "
+                "Try again: a new one is started if it has ended."
+            )
+        return self._started.pop(request)
 
     def kill(self, pid: int) -> None:
         """Kill a worker with all its children."""
@@ -112,34 +129,50 @@ class Zygote:
 
     def exitcode(self, pid: int, timeout: float) -> int | None:
         """Exit code of a worker, waiting for its end up to ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while pid not in self._exits:
-            with self._lock:
-                if pid not in self._exits and self._receive(deadline) is None:
-                    break
+        self._pump_until(lambda: pid in self._exits, time.monotonic() + timeout)
         return self._exits.get(pid)
 
-    def _receive(self, deadline: float) -> tuple[Any, ...] | None:
-        """The next message, None at the deadline or at the end; exits are noted on the way."""
-        while True:
-            size = _LENGTH.unpack_from(self._data)[0] if len(self._data) >= 4 else None
-            if size is not None and len(self._data) >= 4 + size:
-                message: tuple[Any, ...] = pickle.loads(self._data[4 : 4 + size])
-                self._data = self._data[4 + size :]
-                if message[0] == "exit":
-                    self._exits[message[1]] = message[2]
-                return message
-            wait = max(0.0, deadline - time.monotonic())
-            poll = select.poll()
-            poll.register(self._control, select.POLLIN)
-            if not poll.poll(wait * 1000):
-                return None
-            chunk = b""
-            with contextlib.suppress(OSError):
-                chunk = self._control.recv(65536)
-            if not chunk:
-                return None
-            self._data += chunk
+    def _pump_until(self, arrived: Callable[[], bool], deadline: float) -> None:
+        """Take in what the zygote says until ``arrived()``, the deadline, or its end."""
+        while not arrived():
+            with self._lock:
+                if arrived() or not self._pump(deadline - time.monotonic()):
+                    return
+
+    def _pump(self, wait: float) -> bool:
+        """Take in what the zygote says; whether it said something within ``wait`` seconds.
+
+        Can be interrupted anywhere, as a Channel: what was received is noted in the same step.
+        """
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        if not poll.poll(max(0.0, wait) * 1000):
+            return False
+        data, chunks = self._input
+        try:
+            chunks.extend(map(self._control.recv, (65536,)))
+        except OSError:
+            return False
+        if not chunks[-1]:
+            return False
+        data += b"".join(chunks)
+        self._input = (data, [])
+        while len(data) >= _LENGTH.size:
+            stop = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+            if len(data) < stop:
+                break
+            self._note(pickle.loads(data[_LENGTH.size : stop]))
+            data = data[stop:]
+            self._input = (data, [])
+        return True
+
+    def _note(self, message: tuple[Any, ...]) -> None:
+        if message[0] == "exit":
+            self._exits[message[1]] = message[2]
+        elif message[0] == "started":
+            self._started[message[1]] = message[2]
+        else:
+            self._ready = message
 
     def close(self) -> None:
         """End it, and with it what it has forked."""

@@ -16,7 +16,7 @@ from fedproc.wire.names import resolve
 from fedproc.worker import privacy
 from fedproc.worker.host import Host
 from fedproc.worker.inspections import INSPECTIONS, description, type_name
-from fedproc.worker.modes import applied
+from fedproc.worker.modes import applied, usual
 from fedproc.worker.store import Domain
 
 _IN_PLACE = frozenset(
@@ -64,7 +64,11 @@ def _run(
     if privacy.any_private(host.used):
         return _run_private(host, name, target, args, kwargs, modes)
     if modes is None:
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        finally:
+            if not name:
+                usual()
     with applied(modes):
         return target(*args, **kwargs)
 

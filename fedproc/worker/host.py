@@ -134,6 +134,7 @@ class Host:
         storage = tensor.untyped_storage()
         shared = self.arena.offset_of(storage.data_ptr()) is not None
         alone = torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's and ours
+        alone = alone and storage.resizable()  # else it is an array's memory
         if shared or not alone or storage.nbytes() == 0 or tensor.layout is not torch.strided:
             return
         stride = _dense(tensor)

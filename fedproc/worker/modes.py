@@ -11,6 +11,14 @@ from typing import Any
 import torch
 
 
+def usual() -> None:
+    """After arbitrary code: the modes are the parent's again, whatever it has set."""
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+    if torch.get_default_dtype() is not torch.float32:
+        torch.set_default_dtype(torch.float32)
+
+
 @contextlib.contextmanager
 def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
     """Run under the parent's modes; the worker's come back afterwards."""

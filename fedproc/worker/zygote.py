@@ -151,7 +151,7 @@ class Zygote:
         self._children.add(pid)
         for fd in fds:
             os.close(fd)
-        _send(self._control, ("started", pid))
+        _send(self._control, ("started", message[1], pid))
 
     def _become_worker(self, message: tuple[Any, ...], fds: list[int]) -> NoReturn:
         status = 1
@@ -165,7 +165,7 @@ class Zygote:
             from fedproc.transport.base import WorkerSpec
             from fedproc.worker.main import Descriptors, Surroundings, serve_process
 
-            _, spec, around = message
+            _, _, spec, around = message
             serve_process(WorkerSpec(*spec), Surroundings(*around), Descriptors(*fds))
             sys.stdout.flush()
             sys.stderr.flush()

@@ -186,6 +186,7 @@ def _accuracy(model, x, y):
     return (model(x).argmax(dim=1) == y).float().mean().item()
 
 
+@pytest.mark.parametrize("transport", ["process"], indirect=True)  # long: not on both
 def test_f5_a_convolutional_net_over_a_federated_loader(pair):
     data = fp.federate(_images(200), pair)
     loader = fp.FederatedDataLoader(data, 64, shuffle=True)
@@ -239,6 +240,7 @@ def _adam_epochs(models, optimizers, tables, epochs):
     return losses, state
 
 
+@pytest.mark.parametrize("transport", ["process"], indirect=True)  # long: not on both
 def test_f6_tagged_shards_and_one_adam_per_worker(transport):
     with fp.Cluster(6, transport=transport) as cluster:
         tables = [_regression(5, seed) for seed in range(6)]
