@@ -186,7 +186,8 @@ def _restore(
         builtin = builtin.__base__  # type: ignore[assignment]
     error = builtin.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)  # those of an OSError are not in its __dict__
     return error
 
 
@@ -203,6 +204,6 @@ def _remote_class(original: type[BaseException]) -> type[RemoteError]:
     }
     try:
         mixed = type(f"Remote{original.__name__}", (RemoteError, original), namespace)
-    except TypeError:  # the class refuses to be subclassed, or its layout does not combine
+    except Exception:  # noqa: BLE001 - it refuses to be subclassed, or its layout does not combine
         return RemoteError
     return mixed

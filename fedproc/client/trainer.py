@@ -152,8 +152,7 @@ class Trainer:
     ) -> list[ChunkSums]:
         """Evaluates the global model on rows sent for it, see :func:`evaluate_chunks`.
 
-        ``loss`` is that of the local epochs if it is None; ``chunks`` are the rows of a chunk and
-        whether the outputs are wanted.
+        ``loss``: None takes LocalTraining's; ``chunks``: rows of one, and whether to keep outputs.
         """
         x, y = (part.to(self._device) for part in rows)
         size, outputs = chunks

@@ -193,4 +193,5 @@ class Collector:
 
 
 def _is_done(promise: Promise | None) -> bool:
-    return promise is None or promise.pointer.done()
+    # What was lost counts as done for those who wait: done() may be the one to notice the loss.
+    return promise is None or (promise.pointer.done() and promise.link.end is None)

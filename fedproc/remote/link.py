@@ -108,6 +108,7 @@ class Link:
             self.failures.raise_for(number)
 
     def _catch_up(self) -> None:
+        self.refuse_deadlock(self.outbox.last)
         self.flush()
         half = MOST_UNANSWERED // 2
         self.hub.wait_until(lambda: self.end is not None or self.inbox.unanswered() < half)

@@ -91,8 +91,8 @@ class Outbox:
             flags |= frames.FREES
             body = frames.with_frees(self._dropped(), body)
         frame = frames.pack(commands.KIND[message.record], flags, number, body)
-        if message.writes:
-            self.writes += 1
+        if message.writes or message.record is commands.Remove:
+            self.writes += 1  # what is known of objects may not be so any more
         if message.exporter is not None:
             self._inbox.hold(number, message.exporter)
         if message.record not in _BOOKKEEPING:

@@ -28,6 +28,15 @@ def describe(error: BaseException, *, private: bool) -> Failure:
         error: what was raised.
         private: a private object was in use: only class and place are told, no message.
     """
+    try:
+        return _describe(error, private=private)
+    except BaseException as broken:  # noqa: BLE001 - hostile __str__ and __dict__ raise anything
+        name = type(error).__qualname__
+        text = f"<it cannot be described: {type(broken).__name__}>"
+        return Failure(None, _pickled(type(error)), name, text, name, None)
+
+
+def _describe(error: BaseException, *, private: bool) -> Failure:
     own = isinstance(error, FedprocError) and not isinstance(error, RemoteError)
     return Failure(
         own=_pickled(error) if own else None,
@@ -40,9 +49,12 @@ def describe(error: BaseException, *, private: bool) -> Failure:
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
+    own = dict(vars(error))
+    if isinstance(error, OSError):  # these are not in its __dict__
+        own |= {"errno": error.errno, "strerror": error.strerror, "filename": error.filename}
     return {
         name: value
-        for name, value in vars(error).items()
+        for name, value in own.items()
         if not name.startswith("_") and _pickled(value) is not None
     }
 
@@ -53,7 +65,7 @@ def _pickled(thing: Any) -> bytes | None:
         data = cloudpickle.dumps(thing)
         if not isinstance(thing, type):
             pickle.Unpickler(io.BytesIO(data)).load()
-    except Exception:  # noqa: BLE001 - hostile __reduce__ and __setstate__ raise anything; degrade to text
+    except BaseException:  # noqa: BLE001 - hostile __reduce__ and __setstate__ raise anything; degrade to text
         return None
     return data if len(data) <= LONGEST_TEXT else None
 
@@ -61,7 +73,7 @@ def _pickled(thing: Any) -> bytes | None:
 def _text(error: BaseException) -> str:
     try:
         return str(error)[:LONGEST_TEXT]
-    except Exception as broken:  # noqa: BLE001 - a user's __str__ may raise anything
+    except BaseException as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its message cannot be shown: {type(broken).__name__}>"
 
 
@@ -71,9 +83,9 @@ def _traceback(error: BaseException, *, private: bool) -> str:
     if private:
         lines = [f'  File "{f.filename}", line {f.lineno}, in {f.name}\n' for f in kept]
         return "".join(["Traceback (most recent call last):\n", *lines, type(error).__qualname__])
-    shown = traceback.TracebackException.from_exception(error)
-    shown.stack = traceback.StackSummary.from_list(kept)
     try:
+        shown = traceback.TracebackException.from_exception(error)
+        shown.stack = traceback.StackSummary.from_list(kept)
         return "".join(shown.format())[-LONGEST_TEXT:]
-    except Exception:  # noqa: BLE001 - a __str__ that raises, once more
+    except BaseException:  # noqa: BLE001 - a __str__ that raises, once more
         return "".join(traceback.format_list(kept)) + type(error).__qualname__

@@ -67,7 +67,7 @@ def _run(
         try:
             return target(*args, **kwargs)
         finally:
-            if not name:
+            if not name or name.startswith("torch.set_"):
                 usual()
     with applied(modes):
         return target(*args, **kwargs)

@@ -12,7 +12,10 @@ FILE_LINES = 300
 FUNCTION_LINES = 40
 
 # "fedproc/file.py" or "fedproc/file.py::Class.function" -> accepted lines
-REVIEWED: dict[str, int] = {}
+REVIEWED: dict[str, int] = {
+    # the signatures of the two public constructors are long, what they do is not
+    "fedproc/cluster/cluster.py::Cluster.__init__": 43,
+}
 
 
 def functions(node: ast.AST, prefix: str = ""):
