@@ -35,6 +35,9 @@ class Readable(Protocol):
     def receive(self) -> None:
         """Take in what has arrived."""
 
+    def resume(self) -> None:
+        """Take in what an interrupt left half taken."""
+
     def flush(self) -> bool:
         """Write what can be written; whether everything was."""
 
@@ -100,6 +103,8 @@ class Hub:
                 return False
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        for link in self._links.values():
+            link.resume()
         while not ready():
             wait = None if deadline is None else deadline - time.monotonic()
             if wait is not None and wait <= 0:

@@ -202,6 +202,10 @@ class Link:
         """Descriptor to poll, -1 when the link has ended."""
         return -1 if self.end is not None else self.channel.fileno()
 
+    def resume(self) -> None:
+        """Take in what an interrupt left half taken."""
+        self.channel.resume(self.inbox.take)
+
     def receive(self) -> None:
         """Take in what has arrived."""
         try:

@@ -122,6 +122,12 @@ class Channel:
             self.ended = True
         self._parse(handle)
 
+    def resume(self, handle: Callable[[Frame], None]) -> None:
+        """Hand over what an interrupted ``receive`` left behind: nothing more may ever arrive."""
+        data, start, chunks = self._input
+        if chunks or start < len(data):
+            self._parse(handle)
+
     def _parse(self, handle: Callable[[Frame], None]) -> None:
         data, start, chunks = self._input
         if chunks:

@@ -46,7 +46,7 @@ def test_all_of_them_write_json_and_print_it(tmp_path):
     assert written["quick"] is True
     assert {"time", "cpu", "cores", "memory_gib", "torch", "fedproc"} <= set(written["machine"])
     assert list(written["benchmarks"]) == ["ops"]
-    rows = written["benchmarks"]["ops"]
+    rows = written["benchmarks"]["ops"]["rows"]
     assert all(0 < row["median"] < math.inf and row["low"] <= row["high"] for row in rows)
     assert [match[1].strip() for match in LINE.finditer(printed)] == [
         row["what"].strip() for row in rows
