@@ -117,6 +117,11 @@ class Layout:
         """Allocates a block: uint8, shape (nbytes,), zeros."""
         return torch.zeros(self.nbytes, dtype=torch.uint8)
 
+    def new_blocks(self, count: int) -> Tensor:
+        """Allocates blocks as rows: uint8, shape (count, at least nbytes), every row aligned."""
+        row = -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return torch.zeros(count, row, dtype=torch.uint8)
+
     def tensors(self, model: nn.Module) -> list[list[Tensor]]:
         """Finds the tensors of every section in ``model``."""
         named = {name: tensor for name, tensor, _ in _travellers(model)}

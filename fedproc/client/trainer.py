@@ -6,68 +6,35 @@ all clients of the worker in blocks, the local training. May assume one command 
 
 from __future__ import annotations
 
-import copy
-import numbers
-from collections.abc import Mapping
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
-from fedproc.client.layout import Layout
-from fedproc.client.rules import LocalRule, step_norm
+from fedproc.client.resident import Resident
+from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed, generator_for, seeded_streams, torch_threads
-from fedproc.client.training import LocalTraining, TrainContext, TrainFunction, run_local_epochs
-from fedproc.client.update import Task, Update
+from fedproc.client.trail import IDLE, Footprint
+from fedproc.client.training import (
+    LocalTraining,
+    TrainContext,
+    TrainFunction,
+    checked_metrics,
+    run_local_epochs,
+)
+from fedproc.client.update import NO_BLOCK, Task, Update, Updates
+from fedproc.client.work import Span, Work
 from fedproc.errors import NotPermittedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from fedproc.client.training import Loss
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where the rows of a client lie: rows ``start`` to ``stop`` of block ``block``."""
-
-    block: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a trainer does for every client.
-
-    Attributes:
-        local: Local epochs, or a custom ``train(model, x, y, ctx)``.
-        rule: The gradient correction of the strategy, or None.
-        threads: Torch threads while a client trains; None keeps what the worker has.
-        device: Where the resident model and the batches live.
-        private_rows: The data are private: numbers leave only as means over so many rows, and
-            what a custom function keeps may not leave. None: they are not.
-    """
-
-    local: LocalTraining | TrainFunction
-    rule: LocalRule | None = None
-    threads: int | None = 1
-    device: str = "cpu"
-    private_rows: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Resident:
-    """A model that is loaded for every client, with its travelling tensors looked up once."""
-
-    model: nn.Module
-    tensors: Sequence[Sequence[Tensor]]
-    frozen: Sequence[Tensor]
-    versions: Sequence[int]
 
 
 class Trainer:
@@ -79,6 +46,7 @@ class Trainer:
         work: Work,
         blocks: Sequence[tuple[Tensor, Tensor]] = (),
         spans: Mapping[str, Span] | None = None,
+        trail: str = "",
     ) -> None:
         """Keeps the model and the data.
 
@@ -87,14 +55,17 @@ class Trainer:
             work: What to do with each client.
             blocks: Pairs of inputs (rows, ...) and targets (rows, ...).
             spans: Client name -> its rows in ``blocks``.
+            trail: Where to note who trains, see :class:`fedproc.client.trail.Trail`.
         """
         self._work = work
         self._device = torch.device(work.device)
         self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
         self._spans = dict(spans or {})
-        self._layout = Layout.of(model)
-        self._pristine = model.to(self._device)
-        self._resident = self._make_resident()
+        custom = not isinstance(work.local, LocalTraining)
+        self._resident = Resident(model.to(self._device), custom=custom)
+        self._footprint = Footprint(trail)
+        self._failed: dict[str, BaseException] = {}
+        self._round = 0
 
     def train(
         self,
@@ -114,21 +85,75 @@ class Trainer:
         Raises:
             FloatingPointError: The loss or the update is not finite.
         """
+        try:
+            self._footprint.step(task.place)
+            space = self._resident.layout.new_block()
+            return self._train(block, task, (state or {}, shared or {}), space)
+        finally:
+            self._footprint.step(IDLE)
+
+    def train_some(
+        self,
+        block: Tensor,
+        tasks: Sequence[Task],
+        states: Mapping[str, dict[str, Any]] | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> Updates:
+        """Trains several clients of a round, see :meth:`train`; a failure is told when asked for.
+
+        Args:
+            block: The global model.
+            tasks: The clients.
+            states: Client -> what it kept.
+            shared: What the strategy sent.
+        """
+        if self._round != tasks[0].round:
+            self._round = tasks[0].round
+            self._failed.clear()
+        blocks = self._resident.layout.new_blocks(len(tasks))
+        updates: list[Update | None] = []
+        try:
+            for task, space in zip(tasks, blocks, strict=True):
+                self._footprint.step(task.place)
+                known = (states or {}).get(task.client, {}), shared or {}
+                try:
+                    update = self._train(block, task, known, space)
+                    updates.append(update.with_block(NO_BLOCK))
+                except BaseException as error:  # noqa: BLE001 - told by failure()
+                    self._failed[task.client] = error
+                    updates.append(None)
+        finally:
+            self._footprint.step(IDLE)
+        return Updates(blocks, updates)
+
+    def failure(self, client: str) -> None:
+        """Raises what made a client of :meth:`train_some` fail."""
+        raise self._failed.pop(client)
+
+    def _train(
+        self,
+        block: Tensor,
+        task: Task,
+        known: tuple[dict[str, Any], Mapping[str, Tensor]],
+        space: Tensor,
+    ) -> Update:
+        """Trains one client and leaves its model in ``space``."""
+        began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
         with self._loaded(block, seed) as model:
             model.train()
             if isinstance(self._work.local, LocalTraining):
-                update = self._run_epochs(
-                    model, self._work.local, task, (state or {}, shared or {})
-                )
+                update = self._run_epochs(model, self._work.local, task, known)
             else:
-                update = self._run_function(model, self._work.local, task, state or {})
-        where = self._layout.non_finite(update.block)
+                update = self._run_function(model, self._work.local, task, known[0])
+            self._resident.pack(space)
+        where = self._resident.layout.non_finite(space)
         if where is not None:
             raise FloatingPointError(
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
             )
-        return self._may_leave(update)
+        whole = replace(update, block=space, began=began, ended=time.perf_counter())
+        return self._may_leave(whole)
 
     def _may_leave(self, update: Update) -> Update:
         """Takes out what may not leave a worker with private data."""
@@ -192,13 +217,13 @@ class Trainer:
         order = generator_for(task.seed, task.round, task.client, "shuffle")
         correction = None
         if self._work.rule is not None:
-            parameters = self._layout.trained(model)
+            parameters = self._resident.layout.trained(model)
             correction = self._work.rule.start(parameters, shared, state)
         correct = None if correction is None else correction.apply
         progress = run_local_epochs(model, rows, local, order, correct)
         assert progress.optimizer is not None
         return Update(
-            block=self._packed(),
+            block=NO_BLOCK,
             examples=len(rows[0]),
             steps=progress.steps,
             step_norm=step_norm(progress.optimizer, progress.steps),
@@ -215,19 +240,17 @@ class Trainer:
         generator = generator_for(task.seed, task.round, task.client, "generator")
         context = TrainContext(task.client, task.round, generator, state)
         # The function may write into its rows; the block keeps them as they are.
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            metrics = _checked_metrics(train(model, x.clone(), y.clone(), context))
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            self._require_whole(model)
+            metrics = checked_metrics(train(model, x.clone(), y.clone(), context))
+            self._resident.unfreeze()
+            self._resident.require_whole()
         except BaseException:
             # nobody knows what the function left; the next client gets a model made anew
-            self._resident = self._make_resident()
+            self._resident.renew()
             raise
         steps = metrics.get("steps")
         return Update(
-            block=self._packed(),
+            block=NO_BLOCK,
             examples=len(x),
             steps=steps,
             step_norm=steps,
@@ -243,58 +266,9 @@ class Trainer:
 
         Leaves no gradients behind, and the streams of the process as they were.
         """
-        resident = self._resident
-        self._layout.unpack(block, resident.tensors)
+        self._resident.load(block)
         with torch_threads(self._work.threads), seeded_streams(seed, self._device):
             try:
-                yield resident.model
+                yield self._resident.model
             finally:
-                for parameter in resident.model.parameters():
-                    parameter.grad = None
-
-    def _packed(self) -> Tensor:
-        return self._layout.pack(self._resident.tensors, self._layout.new_block())
-
-    def _make_resident(self) -> _Resident:
-        # Local epochs change parameters and buffers only, so the model itself can be resident. A
-        # custom function may do anything to its model: it works on a copy that can be made again.
-        custom = not isinstance(self._work.local, LocalTraining)
-        model = copy.deepcopy(self._pristine) if custom else self._pristine
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        return _Resident(model, self._layout.tensors(model), frozen, [p._version for p in frozen])
-
-    def _require_whole(self, model: nn.Module) -> None:
-        """Makes sure that a custom function left the model as it can be loaded again."""
-        resident = self._resident
-        try:
-            same = Layout.of(model) == self._layout and all(
-                a is b
-                for ours, theirs in zip(resident.tensors, self._layout.tensors(model), strict=True)
-                for a, b in zip(ours, theirs, strict=True)
-            )
-        except ValueError:
-            same = False
-        if same and [p._version for p in resident.frozen] == resident.versions:
-            return
-        raise ValueError(
-            "the train function replaced parameters or buffers of the model, or changed frozen "
-            "ones; change trained values in place, and use copy.deepcopy(model) for anything else"
-        )
-
-
-def _checked_metrics(returned: object) -> dict[str, float]:
-    if returned is None:
-        return {}
-    if not isinstance(returned, Mapping):
-        raise TypeError(
-            f"the train function must return a dict of numbers, got {type(returned).__name__}"
-        )
-    metrics = {}
-    for name, value in returned.items():
-        number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if not isinstance(name, str) or not isinstance(number, numbers.Real):
-            raise TypeError(
-                f"the train function must return a dict of numbers, got {name!r}: {value!r}"
-            )
-        metrics[name] = float(number)
-    return metrics
+                self._resident.forget_gradients()

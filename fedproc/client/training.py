@@ -7,6 +7,7 @@ random streams are seeded and nobody else uses the model; they know nothing of p
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -189,3 +190,26 @@ def _batch_indices(
     if local.shuffle:
         return torch.split(torch.randperm(rows, generator=generator), size)
     return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def checked_metrics(returned: object) -> dict[str, float]:
+    """Returns what a custom function returned as floats.
+
+    Raises:
+        TypeError: It is no dict of numbers.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"the train function must return a dict of numbers, got {type(returned).__name__}"
+        )
+    metrics = {}
+    for name, value in returned.items():
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not isinstance(name, str) or not isinstance(number, numbers.Real):
+            raise TypeError(
+                f"the train function must return a dict of numbers, got {name!r}: {value!r}"
+            )
+        metrics[name] = float(number)
+    return metrics

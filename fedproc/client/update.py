@@ -6,10 +6,12 @@ Made in one process and read in another: the parent makes tasks, workers make up
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +22,13 @@ class Task:
         client: Name of the client.
         round: Number of the round, from 1.
         seed: Seed of the run; every stream of the client derives from it.
+        place: Its place in the cohort.
     """
 
     client: str
     round: int
     seed: int
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Update:
         loss_sum: Sum of the loss over the rows processed.
         metrics: Numbers to report.
         state: What the client keeps if the update is accepted.
+        began, ended: When it trained, in seconds of ``time.perf_counter``, which all processes of
+            a machine share.
     """
 
     block: Tensor
@@ -51,7 +57,26 @@ class Update:
     loss_sum: float
     metrics: dict[str, float] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
+    ended: float = 0.0
+
+    def with_block(self, block: Tensor) -> Update:
+        """Returns the update with another block."""
+        return replace(self, block=block)
 
     def without_block(self) -> Update:
         """Returns the update without its tensors of the model, for the record."""
-        return replace(self, block=self.block[:0].clone())
+        return replace(self, block=NO_BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """What several clients return at once.
+
+    Attributes:
+        blocks: Their blocks: uint8, shape (clients, at least nbytes), every row aligned.
+        updates: The rest, without blocks; None for a client that failed.
+    """
+
+    blocks: Tensor
+    updates: list[Update | None]

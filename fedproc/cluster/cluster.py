@@ -102,16 +102,26 @@ class Cluster:
         if name not in self._workers:
             known = ", ".join(repr(known) for known in self._workers)
             raise WorkerNotFoundError(f"no worker is called {name!r}; there are {known}")
-        if self._restart and not self._closed:
-            self._replace(name)
-        return self._workers[name]
+        worker = self._workers[name]
+        if self._restart and not worker.alive and isinstance(worker.link.end, WorkerLostError):
+            return self.replace(worker)
+        return worker
 
-    def _replace(self, name: str) -> None:
+    def replace(self, worker: Worker) -> Worker:
+        """End a worker and start an empty one of the same name; its old pointers stay lost.
+
+        Raises:
+            ClosedError: the cluster is closed.
+            WorkerStartError: the new one could not be started.
+        """
         with self._lock:
-            old = self._workers[name]
-            if not old.alive and isinstance(old.link.end, WorkerLostError):
-                spec = next(spec for spec in self._specs if spec.name == name)
-                self._workers[name] = self._supervisor.start([spec])[0]
+            if self._closed:
+                raise ClosedError("the cluster is closed: no worker can be replaced")
+            if self._workers[worker.name] is worker:  # not done by another thread meanwhile
+                worker.kill()
+                spec = next(spec for spec in self._specs if spec.name == worker.name)
+                self._workers[worker.name] = self._supervisor.start([spec])[0]
+            return self._workers[worker.name]
 
     def __iter__(self) -> Iterator[Worker]:
         """The workers, in order."""

@@ -6,7 +6,6 @@ clients keep, the history. A round is computed elsewhere and committed here as a
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,9 @@ from fedproc.federated.history import History, RoundRecord
 from fedproc.federated.round import Rules, Start, play
 from fedproc.federated.sampling import cohort_size, draw_cohort
 from fedproc.federated.strategies import FedAvg, State, Strategy
-from fedproc.federated.validation import require_choices, require_parts
+from fedproc.federated.traffic import Traffic
+from fedproc.federated.validation import require_choices, require_deadline, require_parts
+from fedproc.progress import ProgressBar
 
 if TYPE_CHECKING:
     import os
@@ -52,6 +53,8 @@ class Aggregator:
         weighting: ``"examples"``: by rows; ``"uniform"``: all alike.
         seed: Decides every draw of cohorts and clients.
         min_clients: Fewest accepted updates of a round.
+        deadline: Seconds of a round; who is not done then has failed, and a worker that still
+            trains is replaced. None waits for everybody.
         retries: How often a client trains again whose worker was lost while it trained.
         callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
             ends :meth:`run`.
@@ -75,6 +78,7 @@ class Aggregator:
         weighting: Weighting = "examples",
         seed: int = 0,
         min_clients: int = 1,
+        deadline: float | None = None,
         retries: int = 1,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -95,6 +99,7 @@ class Aggregator:
             seed=require_seed(seed),
             min_clients=min_clients,
             retries=require_at_least("retries", retries, 0),
+            deadline=require_deadline(deadline, data.cluster),
         )
         self._callbacks = tuple(callbacks)
         self._crew = Crew(data, self._global.module, local, strategy.local_rule())
@@ -137,7 +142,7 @@ class Aggregator:
         require_at_least("evaluate_every", evaluate_every, 1)
         rows = None if evaluate_on is None else EvaluationRows(evaluate_on)
         last = self._round + rounds
-        bar = _progress_bar() if (sys.stderr.isatty() if progress is None else progress) else None
+        bar = ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
         try:
             while self._round < last:
                 due = rows if (self._round + 1) % evaluate_every == 0 else None
@@ -228,7 +233,7 @@ class Aggregator:
         return aggregator
 
     def _play(self, rows: EvaluationRows | None, sink: Sink, last: int) -> RoundRecord:
-        started, sent = time.perf_counter(), message_bytes(self.data)
+        started, traffic = time.perf_counter(), Traffic(self.data.cluster)
         self._refresh()
         self._round += 1
         size, seed = self._cohort_size, self._rules.seed
@@ -246,7 +251,7 @@ class Aggregator:
         record = outcome.record(
             start,
             seconds=time.perf_counter() - started,
-            message_bytes=_since(sent, message_bytes(self.data)),
+            message_bytes=traffic.since(),
         )
         self.history.append(record)
         if rows is not None:
@@ -268,20 +273,6 @@ class Aggregator:
 
     def _identity(self) -> checkpoint.Identity:
         return checkpoint.Identity(self.data.clients, self._rules.seed, self.strategy)
-
-
-def _progress_bar() -> Any:
-    # By name: the bar listens to events and knows nothing of rounds, nor they of it.
-    return importlib.import_module("fedproc.progress").ProgressBar()
-
-
-def message_bytes(data: FederatedDataset) -> int | None:
-    """Counts the bytes that went through the pipes so far; None if the cluster does not count."""
-    return getattr(data.cluster, "message_bytes", None)
-
-
-def _since(before: int | None, after: int | None) -> int | None:
-    return None if before is None or after is None else after - before
 
 
 def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows

@@ -1,7 +1,8 @@
-"""From tasks to updates in cohort order: who trains when, and what if a worker is lost.
+"""From tasks to updates in cohort order: who trains when, and what if a worker is lost or late.
 
 Runs in the parent. Every worker trains its clients in cohort order, and updates are taken in
-cohort order, so few of them wait. A worker that is lost gives its clients to the others.
+cohort order, so few of them wait. A worker that is lost gives its clients to the others; one that
+misses the deadline is replaced.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from fedproc.errors import ClosedError, FedprocError, WorkerLostError
-from fedproc.federated.passing import Promise, abandon, call_there, take
+from fedproc.client.update import Updates
+from fedproc.errors import (
+    ClosedError,
+    CommandTimeoutError,
+    FedprocError,
+    RemoteError,
+    WorkerLostError,
+)
+from fedproc.federated.lane import Batch, Deadline, Lane
+from fedproc.federated.passing import call_there, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
 _WINDOW_BYTES: Final = 256 << 20
 _WINDOW_LEAST: Final = 4
 _WINDOW_MOST: Final = 256
+# What was finished at the deadline is taken all the same; its worker answers at once.
+_GRACE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,13 @@ class Collector:
     """Trains the clients of one round and gives back their updates."""
 
     def __init__(
-        self, crew: Crew, broadcast: Broadcast, tasks: Mapping[str, Task], *, retries: int
+        self,
+        crew: Crew,
+        broadcast: Broadcast,
+        tasks: Mapping[str, Task],
+        *,
+        retries: int,
+        deadline: float | None = None,
     ) -> None:
         """Prepares a round.
 
@@ -57,21 +74,20 @@ class Collector:
             broadcast: What the clients start from.
             tasks: Client -> its task, in cohort order.
             retries: How often a client that was training when its worker was lost trains again.
+            deadline: Seconds from now; a client that is not done then is a failure.
         """
         self._crew = crew
         self._broadcast = broadcast
         self._tasks = tasks
         self._retries = retries
-        self._order = {client: place for place, client in enumerate(tasks)}
+        self._deadline = Deadline(deadline)
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
-        # by worker: clients to submit, and updates on their way in the order of their commands
+        self._open = set(tasks)
         self._homes: dict[str, str] = {}
-        self._queues: dict[str, deque[str]] = {}
-        self._pending: dict[str, dict[str, Promise]] = {}
-        self._training: dict[str, deque[str]] = {}
-        self._sent: dict[str, tuple[Any, Any]] = {}
-        fitting = _WINDOW_BYTES // max(1, len(broadcast.block))
+        self._lanes: dict[str, Lane] = {}
+        self._block_bytes = len(broadcast.block)
+        fitting = _WINDOW_BYTES // max(1, self._block_bytes)
         self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, fitting))
 
     def updates(self) -> Iterator[tuple[str, Update | FedprocError]]:
@@ -84,93 +100,165 @@ class Collector:
         self._enqueue(list(self._tasks))
         try:
             for client in self._tasks:
-                yield client, self._take(client)
+                while client not in self._arrived:
+                    self._advance(client)
+                yield client, self._arrived.pop(client)
         finally:
-            for pending in self._pending.values():
-                for promise in pending.values():
-                    abandon(promise)
+            for lane in self._lanes.values():
+                lane.abandon()
 
-    def _take(self, client: str) -> Update | FedprocError:
-        while client not in self._arrived:
+    def home(self, client: str) -> str:
+        """Returns the name of the worker that trains a client, or trained it."""
+        return self._homes[client]
+
+    def _advance(self, client: str) -> None:
+        """Does one thing that brings the update of ``client`` nearer."""
+        try:
+            if self._deadline.over():
+                self._expire()
+                return
             try:
-                self._submit(client)
-                self._note_trained()
-                self._fetch(client)
+                self._submit()
+                self._fetch(self._lanes[self._homes[client]], self._deadline.left())
             except WorkerLostError as error:
                 self._recover(error.worker or self._homes[client], error)
-        return self._arrived.pop(client)
+        except CommandTimeoutError:
+            self._expire()
 
-    def _fetch(self, client: str) -> None:
-        """Takes one update home; every failure but a loss is the client's own."""
-        promise = self._pending[self._homes[client]].pop(client)
-        try:
-            self._arrived[client] = take(promise)
-        except ClosedError:
-            raise
-        except WorkerLostError:
-            self._queues[self._homes[client]].appendleft(client)
-            raise
-        except FedprocError as error:
-            self._arrived[client] = error
+    # ---- submitting
 
-    def _submit(self, needed: str) -> None:
-        """Keeps every worker supplied; the client that is needed next never waits for room."""
-        for name, queue in self._queues.items():
-            pending = self._pending.setdefault(name, {})
-            while queue and (len(pending) < self._window or queue[0] == needed):
-                trainer = self._crew.trainer(name)
-                block, shared = self._broadcast_to(name)
-                client, kept = queue[0], self._broadcast.kept.get(queue[0])
-                # sent by itself: a call does not mix tensors from here with pointers
-                state = self._crew.worker(name).send(dict(kept)) if kept else None
-                pending[client] = call_there(
-                    trainer, "train", block, self._tasks[client], state, shared
-                )
-                self._training.setdefault(name, deque()).append(queue.popleft())
+    def _submit(self) -> None:
+        """Keeps every worker supplied; one with nothing to do always gets something."""
+        for name, lane in self._lanes.items():
+            while lane.queue and (not lane.batches or lane.on_the_way < self._window):
+                size = 1 if self._deadline.seconds else self._crew.batch_size(self._block_bytes)
+                clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
+                lane.submit(Batch(clients, self._call(name, lane, clients)))
+                for _ in clients:
+                    lane.queue.popleft()
 
-    def _broadcast_to(self, name: str) -> tuple[Any, Any]:
-        if name not in self._sent:
+    def _call(self, name: str, lane: Lane, clients: list[str]) -> Any:
+        worker, trainer = self._crew.worker(name), self._crew.trainer(name)
+        block, shared = self._broadcast_to(name, lane)
+        kept = {c: dict(self._broadcast.kept[c]) for c in clients if self._broadcast.kept.get(c)}
+        # sent by itself: a call does not mix tensors from here with pointers
+        if len(clients) == 1:
+            (client,) = clients
+            state = worker.send(kept[client]) if kept else None
+            return call_there(trainer, "train", block, self._tasks[client], state, shared)
+        states = worker.send(kept) if kept else None
+        tasks = [self._tasks[client] for client in clients]
+        return call_there(trainer, "train_some", block, tasks, states, shared)
+
+    def _broadcast_to(self, name: str, lane: Lane) -> tuple[Any, Any]:
+        if lane.sent is None:
             worker, shared = self._crew.worker(name), self._broadcast.shared
-            self._sent[name] = (
+            lane.sent = (
                 worker.send(self._broadcast.block),
                 worker.send(dict(shared)) if shared else None,
             )
-        return self._sent[name]
+        return lane.sent
 
-    def _note_trained(self) -> None:
-        """Remembers who has finished, so that a loss is blamed on who was training."""
-        for name, training in self._training.items():
-            pending = self._pending[name]
-            while training and _is_done(pending.get(training[0])):
-                training.popleft()
+    # ---- taking
+
+    def _fetch(self, lane: Lane, timeout: float | None) -> None:
+        """Takes one batch home; every failure but a loss is the clients' own."""
+        batch = lane.batches[0]
+        batch.spent = True
+        try:
+            result = take(batch.promise, timeout)
+        except (ClosedError, WorkerLostError):
+            raise
+        except FedprocError as error:
+            if isinstance(error, CommandTimeoutError) and not isinstance(error, RemoteError):
+                raise
+            for client in batch.clients:
+                self._settle(client, error)
+        else:
+            if isinstance(result, Updates):
+                self._unpack(lane, batch, result)
+            else:
+                self._settle(batch.clients[0], result)
+        lane.taken()
+
+    def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
+        """Takes several updates apart; what made a client fail is asked for by itself."""
+        nbytes, name = self._block_bytes, self._homes[batch.clients[0]]
+        blocks = result.blocks[:, :nbytes].unbind()
+        for client, update, block in zip(batch.clients, result.updates, blocks, strict=True):
+            if update is None:
+                promise = call_there(self._crew.trainer(name), "failure", client)
+                lane.submit(Batch([client], promise))
+            else:
+                self._settle(client, update.with_block(block))
+
+    def _settle(self, client: str, result: Update | FedprocError) -> None:
+        if client in self._open:
+            self._open.remove(client)
+            self._arrived[client] = result
+            if not isinstance(result, FedprocError):
+                self._crew.pace.learn(result.ended - result.began)
+
+    # ---- losses and the deadline
 
     def _recover(self, name: str, error: WorkerLostError) -> None:
         """Gives the clients of a lost worker to its replacement or to the others."""
-        lost = [*self._pending.get(name, {}), *self._queues.pop(name, ())]
-        for promise in self._pending.pop(name, {}).values():
-            abandon(promise)
-        self._sent.pop(name, None)
-        training = self._training.pop(name, None)
-        if training:
-            suspect = training[0]
+        lane = self._lanes.pop(name, Lane())
+        submitted = [client for batch in lane.batches for client in batch.clients]
+        lost = lane.abandon()
+        if submitted:
+            suspect = self._suspect(name, submitted)
             self._losses[suspect] += 1
             if self._losses[suspect] > self._retries:
-                self._arrived[suspect] = error
+                self._settle(suspect, error)
         self._drain()
+        left = [client for client in lost if client in self._open]
         if self._restored():
-            self._enqueue([client for client in lost if client not in self._arrived])
+            self._enqueue(left)
         else:
-            self._arrived.update(dict.fromkeys(lost, error))
+            for client in left:
+                self._settle(client, error)
+
+    def _suspect(self, name: str, submitted: list[str]) -> str:
+        """Returns who was training; the first one that is not known to have finished, in doubt."""
+        place = self._crew.last_step(name)
+        found = [client for client in submitted if self._tasks[client].place == place]
+        return found[0] if found else submitted[0]
 
     def _drain(self) -> None:
         """Takes all updates on their way from the other workers.
 
         New data and a new trainer come to a worker only when nothing of it is being read.
         """
-        for pending in self._pending.values():
-            for client in list(pending):
-                with contextlib.suppress(WorkerLostError):  # met again when it is needed
-                    self._fetch(client)
+        for lane in self._lanes.values():
+            with contextlib.suppress(WorkerLostError):  # met again when it is needed
+                while lane.batches:
+                    self._fetch(lane, self._deadline.left())
+
+    def _expire(self) -> None:
+        """Ends the round: workers that still train are replaced, what is not done has failed."""
+        training, late = set[str](), list[str]()
+        for name, lane in self._lanes.items():
+            with contextlib.suppress(WorkerLostError, CommandTimeoutError):
+                while lane.batches and lane.batches[0].finished():
+                    self._fetch(lane, _GRACE_SECONDS)
+            if lane.batches:
+                late.append(name)
+                training.update(lane.batches[0].clients)
+            lane.abandon()
+            lane.queue.clear()
+        for client in sorted(self._open, key=lambda client: self._tasks[client].place):
+            self._settle(client, self._missed(client, training=client in training))
+        for name in late:
+            self._crew.replace(name)
+        self._restored()
+
+    def _missed(self, client: str, *, training: bool) -> CommandTimeoutError:
+        what = "was still training; its worker was replaced" if training else "was still queued"
+        return CommandTimeoutError(
+            f"client {client!r} missed the deadline of {self._deadline.seconds:g} s in round "
+            f"{self._tasks[client].round}: it {what}"
+        )
 
     def _restored(self) -> bool:
         """Restores the data of lost workers; False if no worker is left."""
@@ -185,13 +273,8 @@ class Collector:
 
     def _enqueue(self, clients: list[str]) -> None:
         """Puts clients into the queues of their workers, at their places in the cohort."""
+        self._homes.update(self._crew.homes(clients))
         for client in clients:
-            self._homes[client] = self._crew.home(client)
-            self._queues.setdefault(self._homes[client], deque()).append(client)
-        for name, queue in self._queues.items():
-            self._queues[name] = deque(sorted(queue, key=self._order.__getitem__))
-
-
-def _is_done(promise: Promise | None) -> bool:
-    # What was lost counts as done for those who wait: done() may be the one to notice the loss.
-    return promise is None or (promise.pointer.done() and promise.link.end is None)
+            self._lanes.setdefault(self._homes[client], Lane()).queue.append(client)
+        for lane in self._lanes.values():
+            lane.queue = deque(sorted(lane.queue, key=lambda client: self._tasks[client].place))

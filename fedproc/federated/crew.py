@@ -9,10 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedproc.client.trainer import Trainer, Work
+from fedproc.client.trail import IDLE, Trail
+from fedproc.client.trainer import Trainer
+from fedproc.client.work import Work
 from fedproc.errors import WorkerLostError
+from fedproc.federated.lane import Pace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from fedproc.client.rules import LocalRule
@@ -30,10 +35,16 @@ class _Member:
     trainer: Any
     worker: Worker
     holding: Holding | None
+    trail: Trail
 
 
 class Crew:
-    """Trainers by worker name."""
+    """Trainers by worker name.
+
+    Attributes:
+        data: The clients and where they are.
+        pace: How long clients train.
+    """
 
     def __init__(
         self,
@@ -55,11 +66,32 @@ class Crew:
         self._local = local
         self._rule = rule
         self._members: dict[str, _Member] = {}
+        self.pace = Pace()
 
     def home(self, client: str) -> str:
         """Returns the name of the worker that trains ``client``."""
         name: str = self.data.worker_of(client).name
         return name
+
+    def homes(self, clients: Sequence[str]) -> dict[str, str]:
+        """Maps clients to the names of the workers that train them."""
+        return {client: self.home(client) for client in clients}
+
+    def batch_size(self, nbytes: int) -> int:
+        """Returns how many clients one command should train; their blocks have ``nbytes``."""
+        return self.pace.batch_size(nbytes)
+
+    def last_step(self, name: str) -> int:
+        """Returns the place in the cohort of who trains on a worker, also after its end."""
+        member = self._members.get(name)
+        return IDLE if member is None else member.trail.read()
+
+    def replace(self, name: str) -> None:
+        """Ends a worker that is busy and starts an empty one in its place."""
+        self._members.pop(name, None)
+        worker = self.data.cluster[name]
+        if worker.alive:
+            self.data.cluster.replace(worker)
 
     def alive(self) -> list[str]:
         """Lists the workers that can work.
@@ -82,7 +114,8 @@ class Crew:
         holding = self.data.holdings().get(name)
         member = self._members.get(name)
         if member is None or member.worker is not worker or member.holding is not holding:
-            member = _Member(self._make(worker, holding), worker, holding)
+            trail = Trail()
+            member = _Member(self._make(worker, holding, trail), worker, holding, trail)
             self._members[name] = member
         return member.trainer
 
@@ -90,14 +123,15 @@ class Crew:
         """Forgets all trainers, so that the next ones are made from the model as it is then."""
         self._members.clear()
 
-    def _make(self, worker: Worker, holding: Holding | None) -> Any:
+    def _make(self, worker: Worker, holding: Holding | None, trail: Trail) -> Any:
         threads = training_threads(self.data.cluster)
         least = self.data.cluster.min_rows if self.data.private else None
         work = Work(self._local, self._rule, threads, str(worker.device), least)
         blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers
-        return worker.run(Trainer, worker.send(self._model), worker.send(work), blocks, spans)
+        model, plan = worker.send(self._model), worker.send(work)
+        return worker.run(Trainer, model, plan, blocks, spans, trail.path)
 
 
 def training_threads(cluster: Cluster) -> int | None:

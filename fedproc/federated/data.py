@@ -27,6 +27,7 @@ from fedproc.federated.holding import (
 )
 from fedproc.federated.partition import ByKey, Partition, split
 from fedproc.federated.rows import as_rows
+from fedproc.federated.summary import Summary, summarise
 
 if TYPE_CHECKING:
     from fedproc.cluster.cluster import Cluster
@@ -135,6 +136,14 @@ class FederatedDataset:
             f"<FederatedDataset: {len(self)} rows of {len(self.clients)} clients "
             f"on {len(self._holdings)} workers>"
         )
+
+    def summary(self) -> Summary:
+        """Counts the rows and labels of every client; ``print`` it, or ``.plot(path)`` it.
+
+        The workers count. Labels of private data are counted only for clients with at least
+        ``Cluster(min_rows=…)`` rows.
+        """
+        return summarise(self)
 
     def worker_of(self, client: str) -> Worker:
         """Returns the worker that holds the rows of ``client`` now.

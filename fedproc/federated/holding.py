@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedproc.client.trainer import Span
+from fedproc.client.work import Span
 from fedproc.federated.rows import as_rows
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Rules:
         weigh: Rows of a client -> its weight.
         seed: Seed of the run.
         min_clients: Fewest accepted updates.
-        retries: See :class:`fedproc.federated.collecting.Collector`.
+        retries, deadline: See :class:`fedproc.federated.collecting.Collector`.
     """
 
     strategy: Strategy
@@ -43,6 +43,7 @@ class Rules:
     seed: int
     min_clients: int
     retries: int
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,14 @@ def play(crew: Crew, layout: Layout, rules: Rules, start: Start, sink: Sink) -> 
     sizes = crew.data.sizes
     skipped = tuple(client for client in start.cohort if not sizes[client])
     tasks = {
-        client: Task(client, start.number, rules.seed) for client in start.cohort if sizes[client]
+        client: Task(client, start.number, rules.seed, place)
+        for place, client in enumerate(start.cohort)
+        if sizes[client]
     }
     shared = rules.strategy.shared(start.state)
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
     broadcast = Broadcast(start.block, shared, start.kept)
-    collector = Collector(crew, broadcast, tasks, retries=rules.retries)
+    collector = Collector(crew, broadcast, tasks, retries=rules.retries, deadline=rules.deadline)
     tally = _Tally()
     for client, result in collector.updates():
         _take(client, result, rules, fold, tally)

@@ -6,12 +6,17 @@ Runs in the parent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fedproc.client.ranges import require_positive
 from fedproc.client.training import LocalTraining
 from fedproc.federated.data import FederatedDataset
 from fedproc.federated.strategies import Strategy
+
+if TYPE_CHECKING:
+    from fedproc.cluster.cluster import Cluster
 
 
 def require_parts(model: object, data: object, local: object, strategy: object) -> None:
@@ -44,3 +49,20 @@ def require_choices(weighting: object, callbacks: Sequence[object]) -> None:
             raise ValueError(
                 f"a callback must be callable as (aggregator, record), got {callback!r}"
             )
+
+
+def require_deadline(deadline: object, cluster: Cluster) -> float | None:
+    """Returns the seconds of a round's deadline, or None.
+
+    Raises:
+        ValueError: It is no number above 0, or the workers are inline and cannot be killed.
+    """
+    if deadline is None:
+        return None
+    seconds = require_positive("deadline", deadline)
+    if cluster.transport == "inline":
+        raise ValueError(
+            "deadline needs worker processes: inline workers are threads of this process, and "
+            "nothing can end them; use transport='process'"
+        )
+    return seconds

@@ -1,0 +1,87 @@
+"""The model that stays in a worker and is loaded anew for every client.
+
+Runs in worker processes. May assume one client at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from fedproc.client.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Resident:
+    """A model with its travelling tensors looked up once.
+
+    Attributes:
+        model: The model; a custom function may have spoilt it until :meth:`renew`.
+        layout: Where its tensors lie in the flat form.
+    """
+
+    def __init__(self, pristine: nn.Module, *, custom: bool) -> None:
+        """Keeps ``pristine``.
+
+        Args:
+            pristine: Architecture and frozen values.
+            custom: Local epochs change parameters and buffers only, so the model itself can be
+                resident. A custom function may do anything to its model: it works on a copy.
+        """
+        self.layout = Layout.of(pristine)
+        self._pristine = pristine
+        self._custom = custom
+        self.renew()
+
+    def renew(self) -> None:
+        """Makes the model again, whatever was done to it."""
+        self.model = copy.deepcopy(self._pristine) if self._custom else self._pristine
+        self._tensors = self.layout.tensors(self.model)
+        self._parameters = list(self.model.parameters())
+        self._flags = [parameter.requires_grad for parameter in self._parameters]
+        self._versions = self._frozen_versions()
+
+    def load(self, block: Tensor) -> None:
+        """Takes over the values of ``block``."""
+        self.layout.unpack(block, self._tensors)
+
+    def pack(self, block: Tensor) -> Tensor:
+        """Copies the values into ``block`` and returns it."""
+        return self.layout.pack(self._tensors, block)
+
+    def forget_gradients(self) -> None:
+        """Drops all gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def unfreeze(self) -> None:
+        """Sets ``requires_grad`` of all parameters as it was."""
+        for parameter, flag in zip(self._parameters, self._flags, strict=True):
+            parameter.requires_grad_(flag)
+
+    def require_whole(self) -> None:
+        """Makes sure that a custom function left the model as it can be loaded again.
+
+        Raises:
+            ValueError: It did not.
+        """
+        try:
+            same = Layout.of(self.model) == self.layout and all(
+                a is b
+                for ours, theirs in zip(self._tensors, self.layout.tensors(self.model), strict=True)
+                for a, b in zip(ours, theirs, strict=True)
+            )
+        except ValueError:
+            same = False
+        if same and self._frozen_versions() == self._versions:
+            return
+        raise ValueError(
+            "the train function replaced parameters or buffers of the model, or changed frozen "
+            "ones; change trained values in place, and use copy.deepcopy(model) for anything else"
+        )
+
+    def _frozen_versions(self) -> list[int]:
+        pairs = zip(self._parameters, self._flags, strict=True)
+        return [parameter._version for parameter, flag in pairs if not flag]

@@ -1,0 +1,39 @@
+"""What a trainer is made from, as records. The parent makes them, workers read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedproc.client.rules import LocalRule
+    from fedproc.client.training import LocalTraining, TrainFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where the rows of a client lie: rows ``start`` to ``stop`` of block ``block``."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a trainer does for every client.
+
+    Attributes:
+        local: Local epochs, or a custom ``train(model, x, y, ctx)``.
+        rule: The gradient correction of the strategy, or None.
+        threads: Torch threads while a client trains; None keeps what the worker has.
+        device: Where the resident model and the batches live.
+        private_rows: The data are private: numbers leave only as means over so many rows, and
+            what a custom function keeps may not leave. None: they are not.
+    """
+
+    local: LocalTraining | TrainFunction
+    rule: LocalRule | None = None
+    threads: int | None = 1
+    device: str = "cpu"
+    private_rows: int | None = None

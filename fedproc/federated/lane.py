@@ -1,0 +1,124 @@
+"""What one worker has to do in a round: clients to submit, batches on their way. In the parent."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from fedproc.federated.passing import abandon
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedproc.federated.passing import Promise
+
+# Clients of one command: as many as train in this time, so that the cost of a command is spread
+# over quick clients, and slow ones still go one by one.
+_BATCH_SECONDS: Final = 0.010
+_BATCH_MOST: Final = 32
+_BATCH_BYTES: Final = 8 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Clients that one command trains.
+
+    Attributes:
+        clients: Their names, in cohort order.
+        promise: What comes back: an update, or the updates of all.
+        spent: A wait for it ran out, so it cannot be taken any more.
+    """
+
+    clients: Sequence[str]
+    promise: Promise
+    spent: bool = False
+
+    def finished(self) -> bool:
+        """Whether it can be taken without waiting."""
+        # What was lost counts as done for those who wait: done() may be the one to notice it.
+        promise = self.promise
+        return not self.spent and promise.pointer.done() and promise.link.end is None
+
+    def abandon(self) -> None:
+        """Gives it up."""
+        if not self.spent:
+            abandon(self.promise)
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """The clients of one worker.
+
+    Attributes:
+        queue: Not submitted yet, in cohort order.
+        batches: Submitted, in the order of their commands.
+        on_the_way: Clients that were submitted and not taken.
+        sent: Pointers to the broadcast in that worker; None before it was sent.
+    """
+
+    queue: deque[str] = field(default_factory=deque)
+    batches: deque[Batch] = field(default_factory=deque)
+    on_the_way: int = 0
+    sent: tuple[Any, Any] | None = None
+
+    def submit(self, batch: Batch) -> None:
+        """Notes a batch that was submitted, of clients at the head of the queue or before it."""
+        self.batches.append(batch)
+        self.on_the_way += len(batch.clients)
+
+    def taken(self) -> None:
+        """Forgets the first batch."""
+        self.on_the_way -= len(self.batches.popleft().clients)
+
+    def abandon(self) -> list[str]:
+        """Gives up all batches.
+
+        Returns:
+            All clients of the lane.
+        """
+        submitted = [client for batch in self.batches for client in batch.clients]
+        for batch in self.batches:
+            batch.abandon()
+        self.batches.clear()
+        self.on_the_way = 0
+        return [*submitted, *self.queue]
+
+
+class Pace:
+    """How long clients train, learned from round to round."""
+
+    def __init__(self) -> None:
+        """Knows nothing yet: clients go one by one."""
+        self._seconds: float | None = None
+
+    def learn(self, seconds: float) -> None:
+        """Takes in how long a client trained; a geometric mean, so a hiccup changes little."""
+        known, new = self._seconds, max(seconds, 1e-6)
+        self._seconds = new if known is None else known**0.9 * new**0.1
+
+    def batch_size(self, nbytes: int) -> int:
+        """Returns how many clients one command should train; their blocks have ``nbytes``."""
+        if self._seconds is None:
+            return 1
+        fitting = _BATCH_BYTES // max(1, nbytes)
+        in_time = int(_BATCH_SECONDS / self._seconds)
+        return max(1, min(_BATCH_MOST, fitting, in_time))
+
+
+class Deadline:
+    """The end of a round's patience."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Starts now; None never ends."""
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        """Returns the seconds left, at least 0; None if there is no end."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def over(self) -> bool:
+        """Tells whether it has passed."""
+        return self._end is not None and time.monotonic() >= self._end

@@ -1,0 +1,55 @@
+"""Starting, using and closing clusters again and again: nothing grows."""
+
+import gc
+import os
+import threading
+
+import psutil
+import torch
+
+import fedproc as fp
+
+
+def _footprint() -> tuple[int, int, int]:
+    children = psutil.Process().children(recursive=True)
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children)
+
+
+def _cycle(transport: str) -> None:
+    with fp.Cluster(["alice", "bob"], transport=transport) as cluster:
+        alice, bob = cluster
+        p = bob.send(torch.ones(20_000))
+        assert (p + 1).move(alice).sum().item() == 40_000.0
+
+
+def test_two_hundred_cycles_leave_nothing():
+    _cycle("process")
+    gc.collect()
+    before, memory = _footprint(), psutil.Process().memory_info().rss
+    for _ in range(200):
+        _cycle("process")
+    gc.collect()
+    assert _footprint() == before
+    assert psutil.Process().memory_info().rss - memory < 32 << 20
+
+
+def test_inline_cycles_leave_nothing():
+    _cycle("inline")
+    gc.collect()
+    before = _footprint()
+    for _ in range(50):
+        _cycle("inline")
+    gc.collect()
+    assert _footprint() == before
+
+
+def test_many_dropped_pointers_leave_the_tables_empty():
+    with fp.Cluster(["bob"]) as cluster:
+        bob = cluster["bob"]
+        x = bob.send(torch.ones(4))
+        for _ in range(20_000):
+            x + 1
+        assert len(bob.objects) == 1
+        assert len(bob.link.outbox.handles) == 1
+        assert bob.link.inbox.unanswered() == 0
+        assert bob.stats().arena_bytes < 4096

@@ -1,0 +1,60 @@
+"""The boundary: what a worker process has imported, and how it was started."""
+
+import os
+import subprocess
+import sys
+
+import fedproc as fp
+
+
+def _modules():
+    import sys
+
+    return [name for name in sys.modules if name.startswith("fedproc")]
+
+
+def test_a_worker_imports_nothing_of_the_parents_side():
+    with fp.Cluster(["bob"]) as cluster:
+        loaded = cluster["bob"].run(_modules).get()
+    parents = ("fedproc.remote", "fedproc.cluster", "fedproc.federated")
+    assert [name for name in loaded if name.startswith(parents)] == []
+    assert "fedproc.worker.loop" in loaded
+
+
+def test_workers_can_be_executed_instead_of_forked():
+    code = (
+        "import fedproc as fp, torch\n"
+        "with fp.Cluster(['bob']) as c:\n"
+        "    p = c['bob'].send(torch.ones(3))\n"
+        "    print((p + 1).get().tolist(), c['bob'].run(lambda: 5).get())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FEDPROC_START": "exec"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert done.stdout == "[2.0, 2.0, 2.0] 5\n"
+    assert done.stderr == ""
+
+
+def test_sync_raises_where_the_call_was_made():
+    code = (
+        "import fedproc as fp\n"
+        "with fp.Cluster(['bob']) as c:\n"
+        "    try:\n"
+        "        c['bob'].run(lambda: 1 / 0)\n"
+        "    except ZeroDivisionError:\n"
+        "        print('here')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FEDPROC_SYNC": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert done.stdout == "here\n"
