@@ -185,9 +185,10 @@ def _restore(
     while builtin.__module__ != "builtins":
         builtin = builtin.__base__  # type: ignore[assignment]
     error = builtin.__new__(cls, *args)
-    error.args = args
+    # Past a __setattr__ that refuses (frozen dataclasses); errno of an OSError is not in __dict__.
+    BaseException.__setattr__(error, "args", args)
     for name, value in state.items():
-        setattr(error, name, value)  # those of an OSError are not in its __dict__
+        BaseException.__setattr__(error, name, value)
     return error
 
 

@@ -3,6 +3,8 @@
 ::
 
     round  3/20 [#########---] 8/10  loss 0.4183  accuracy 0.9111  12 s
+
+Where there is no terminal, such as in a log file, every round is one plain line.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _REDRAWS_PER_S: Final = 20.0
 
 
 class ProgressBar:
-    """Shows round, clients, loss, accuracy and the time left, on one line of a terminal."""
+    """Shows round, clients, loss, accuracy and the time left: one line, or one line per round."""
 
     def __init__(
         self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -35,6 +37,7 @@ class ProgressBar:
             clock: Seconds that never go back.
         """
         self._stream = sys.stderr if stream is None else stream
+        self._redraws = self._stream.isatty()
         self._clock = clock
         self._started: float | None = None
         self._drawn = -1.0
@@ -59,17 +62,23 @@ class ProgressBar:
             accuracy = "" if event.accuracy is None else f"  accuracy {event.accuracy:.4f}"
             self._facts = loss + accuracy
             self._draw(force=True)
+            if not self._redraws:
+                self._stream.write(self._line(self._clock()) + "\n")
+                self._stream.flush()
 
     def close(self) -> None:
         """Ends the line; does nothing if nothing was written."""
         if self._started is not None:
-            self._draw(force=True)
-            self._stream.write("\n")
-            self._stream.flush()
+            if self._redraws:
+                self._draw(force=True)
+                self._stream.write("\n")
+                self._stream.flush()
             self._started = None
 
     def _draw(self, *, force: bool = False) -> None:
         now = self._clock()
+        if not self._redraws:
+            return
         if not force and now - self._drawn < 1 / _REDRAWS_PER_S:
             return
         self._drawn = now

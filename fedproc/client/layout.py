@@ -7,6 +7,7 @@ Frozen parameters do not travel. Tied tensors have one name and travel once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -109,6 +110,11 @@ class Layout:
         return sum(section.numel for section in self.of_kind("trained"))
 
     @property
+    def trained_bytes(self) -> int:
+        """Bytes of the trained parameters."""
+        return sum(section.numel * section.dtype.itemsize for section in self.of_kind("trained"))
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of everything that travels, without the gaps between sections."""
         return sum(section.numel * section.dtype.itemsize for section in self.sections)
@@ -164,7 +170,10 @@ class Layout:
         """Says where a floating value of ``block`` is NaN or infinite, or returns None."""
         for section in self.sections:
             values = section.view(block)
-            if section.kind == "largest" or bool(torch.isfinite(values).all()):
+            # a sum is finite only if all its terms are: one pass, and no mask is made
+            if section.kind == "largest" or math.isfinite(values.sum().item()):
+                continue
+            if bool(torch.isfinite(values).all()):
                 continue
             pieces = torch.split(values, [entry.numel for entry in section.entries])
             for entry, piece in zip(section.entries, pieces, strict=True):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import torch
+
 from fedproc.client.layout import Layout
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Resident:
         self._parameters = list(self.model.parameters())
         self._flags = [parameter.requires_grad for parameter in self._parameters]
         self._versions = self._frozen_versions()
+        self._modules = list(self.model.modules())
+        self._shape = self._as_it_is()
 
     def load(self, block: Tensor) -> None:
         """Takes over the values of ``block``."""
@@ -67,6 +71,8 @@ class Resident:
         Raises:
             ValueError: It did not.
         """
+        if self._as_it_is() == self._shape:
+            return
         try:
             same = Layout.of(self.model) == self.layout and all(
                 a is b
@@ -81,6 +87,20 @@ class Resident:
             "the train function replaced parameters or buffers of the model, or changed frozen "
             "ones; change trained values in place, and use copy.deepcopy(model) for anything else"
         )
+
+    def _as_it_is(self) -> list[object]:
+        """Lists what a layout depends on, quickly: if this is the same, so is the layout."""
+        seen: list[object] = [self._frozen_versions()]
+        for module in self._modules:
+            for members in (module._parameters, module._buffers):
+                for name, tensor in members.items():
+                    if tensor is not None:
+                        strides = tensor.layout is torch.strided and tensor.stride()
+                        facts = tensor.shape, tensor.dtype, strides, tensor.requires_grad
+                        seen.append((name, id(tensor), *facts))
+            seen.extend((name, id(child)) for name, child in module._modules.items())
+            seen.append(tuple(module._non_persistent_buffers_set))
+        return seen
 
     def _frozen_versions(self) -> list[int]:
         pairs = zip(self._parameters, self._flags, strict=True)

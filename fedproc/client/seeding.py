@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,22 +40,16 @@ def generator_for(*parts: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded_streams(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the streams of Python, NumPy and torch for a block, then restores them.
+def preserved_streams(device: torch.device) -> Iterator[None]:
+    """Gives the streams of Python, NumPy and torch back after a block as they were before.
 
     Args:
-        seed: An integer in [0, 2**63), from :func:`derive_seed`.
-        device: The device of the computation; its stream is seeded too if it is not the CPU.
+        device: The device of the computation; its stream counts too if it is not the CPU.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream itself
     cpu = torch.default_generator.get_state()
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    accelerator = _accelerator(device)
     other = None if accelerator is None else accelerator.get_rng_state(device)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global stream itself
-    torch.default_generator.manual_seed(seed)
-    if accelerator is not None:
-        accelerator.manual_seed(seed)
     try:
         yield
     finally:
@@ -64,6 +58,25 @@ def seeded_streams(seed: int, device: torch.device) -> Iterator[None]:
         torch.default_generator.set_state(cpu)
         if accelerator is not None:
             accelerator.set_rng_state(other, device)
+
+
+def seed_streams(seed: int, device: torch.device) -> None:
+    """Seeds the streams of Python, NumPy and torch, and that of ``device``.
+
+    Args:
+        seed: An integer in [0, 2**63), from :func:`derive_seed`.
+        device: The device of the computation.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global stream itself
+    torch.default_generator.manual_seed(seed)
+    accelerator = _accelerator(device)
+    if accelerator is not None:
+        accelerator.manual_seed(seed)
+
+
+def _accelerator(device: torch.device) -> Any:
+    return None if device.type == "cpu" else torch.get_device_module(device)
 
 
 @contextmanager

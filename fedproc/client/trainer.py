@@ -16,7 +16,13 @@ import torch
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
 from fedproc.client.rules import step_norm
-from fedproc.client.seeding import derive_seed, generator_for, seeded_streams, torch_threads
+from fedproc.client.seeding import (
+    derive_seed,
+    generator_for,
+    preserved_streams,
+    seed_streams,
+    torch_threads,
+)
 from fedproc.client.trail import IDLE, Footprint
 from fedproc.client.training import (
     LocalTraining,
@@ -88,7 +94,10 @@ class Trainer:
         try:
             self._footprint.step(task.place)
             space = self._resident.layout.new_block()
-            return self._train(block, task, (state or {}, shared or {}), space)
+            with preserved_streams(self._device):
+                update = self._train(block, task, (state or {}, shared or {}), space)
+            update.block = space
+            return update
         finally:
             self._footprint.step(IDLE)
 
@@ -112,18 +121,16 @@ class Trainer:
             self._failed.clear()
         blocks = self._resident.layout.new_blocks(len(tasks))
         updates: list[Update | None] = []
-        try:
-            for task, space in zip(tasks, blocks, strict=True):
+        with preserved_streams(self._device):
+            for task, space in zip(tasks, blocks.unbind(), strict=True):
                 self._footprint.step(task.place)
                 known = (states or {}).get(task.client, {}), shared or {}
                 try:
-                    update = self._train(block, task, known, space)
-                    updates.append(update.with_block(NO_BLOCK))
+                    updates.append(self._train(block, task, known, space))
                 except BaseException as error:  # noqa: BLE001 - told by failure()
                     self._failed[task.client] = error
                     updates.append(None)
-        finally:
-            self._footprint.step(IDLE)
+        self._footprint.step(IDLE)
         return Updates(blocks, updates)
 
     def failure(self, client: str) -> None:
@@ -152,8 +159,8 @@ class Trainer:
             raise FloatingPointError(
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
             )
-        whole = replace(update, block=space, began=began, ended=time.perf_counter())
-        return self._may_leave(whole)
+        update.began, update.ended = began, time.perf_counter()
+        return self._may_leave(update)
 
     def _may_leave(self, update: Update) -> Update:
         """Takes out what may not leave a worker with private data."""
@@ -181,7 +188,8 @@ class Trainer:
         """
         x, y = (part.to(self._device) for part in rows)
         size, outputs = chunks
-        with self._loaded(block, derive_seed("evaluation")) as model:
+        seed = derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(block, seed) as model:
             return evaluate_chunks(model, (x, y), loss or self._loss(), size, outputs=outputs)
 
     def evaluate_clients(
@@ -189,7 +197,8 @@ class Trainer:
     ) -> dict[str, ChunkSums]:
         """Evaluates the global model on the rows of clients of this worker."""
         least = self._work.private_rows or 0
-        with self._loaded(block, derive_seed("evaluation")) as model:
+        seed = derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(block, seed) as model:
             return {
                 client: merged(
                     evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
@@ -264,10 +273,12 @@ class Trainer:
     def _loaded(self, block: Tensor, seed: int) -> Iterator[nn.Module]:
         """Loads the global model into the resident one and seeds every stream.
 
-        Leaves no gradients behind, and the streams of the process as they were.
+        Leaves no gradients behind. The caller preserves the streams of the process: around all
+        clients of a command, because seeding is cheap and saving is not.
         """
         self._resident.load(block)
-        with torch_threads(self._work.threads), seeded_streams(seed, self._device):
+        seed_streams(seed, self._device)
+        with torch_threads(self._work.threads):
             try:
                 yield self._resident.model
             finally:

@@ -31,9 +31,9 @@ class Task:
     place: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Update:
-    """What a client returns.
+    """What a client returns; the trainer fills in ``block`` and the times last.
 
     Attributes:
         block: The trained model in the flat form of its layout: uint8, shape (nbytes,).
@@ -59,10 +59,6 @@ class Update:
     state: dict[str, Any] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
-
-    def with_block(self, block: Tensor) -> Update:
-        """Returns the update with another block."""
-        return replace(self, block=block)
 
     def without_block(self) -> Update:
         """Returns the update without its tensors of the model, for the record."""

@@ -119,6 +119,7 @@ class Cluster:
                 raise ClosedError("the cluster is closed: no worker can be replaced")
             if self._workers[worker.name] is worker:  # not done by another thread meanwhile
                 worker.kill()
+                self._supervisor.forget(worker, self._workers.values())
                 spec = next(spec for spec in self._specs if spec.name == worker.name)
                 self._workers[worker.name] = self._supervisor.start([spec])[0]
             return self._workers[worker.name]

@@ -4,7 +4,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -119,6 +119,16 @@ class Supervisor:
         link.mapped = Mapped(received[0], size)
         os.close(received[0])
         link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
+
+    @staticmethod
+    def forget(gone: Worker, workers: Iterable[Worker]) -> None:
+        """Let the others unmap the arena of a worker that is gone."""
+        name = gone.link.arena_name
+        for worker in workers:
+            if name in worker.link.attached and worker.link.end is None:
+                worker.link.attached.discard(name)
+                record = plain(commands.Attach(name, 0), "forget")
+                worker.link.submit(record, Site.nowhere())
 
     def end(self, links: Sequence[Link]) -> None:
         """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""

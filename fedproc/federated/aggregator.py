@@ -23,6 +23,7 @@ from fedproc.federated.history import History, RoundRecord
 from fedproc.federated.round import Rules, Start, play
 from fedproc.federated.sampling import cohort_size, draw_cohort
 from fedproc.federated.strategies import FedAvg, State, Strategy
+from fedproc.federated.timeline import Timeline
 from fedproc.federated.traffic import Traffic
 from fedproc.federated.validation import require_choices, require_deadline, require_parts
 from fedproc.progress import ProgressBar
@@ -164,6 +165,21 @@ class Aggregator:
         self._stopped_by(record)
         return record
 
+    def profile(self, path: str | os.PathLike[str]) -> RoundRecord:
+        """Plays one round and writes a trace of it, for ui.perfetto.dev or chrome://tracing.
+
+        Args:
+            path: The JSON file: which worker trained which client when, fold, strategy, idle.
+
+        Raises:
+            QuorumError: Too few clients finished; nothing is written.
+        """
+        timeline = Timeline([worker.name for worker in self.data.cluster.workers])
+        record = self._play(None, ignore, self._round + 1, timeline)
+        timeline.write(path, f"round {record.round}")
+        self._stopped_by(record)
+        return record
+
     def evaluate(
         self,
         data: object,
@@ -232,7 +248,9 @@ class Aggregator:
         aggregator._kept, aggregator.history = dict(saved.kept), saved.history
         return aggregator
 
-    def _play(self, rows: EvaluationRows | None, sink: Sink, last: int) -> RoundRecord:
+    def _play(
+        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
+    ) -> RoundRecord:
         started, traffic = time.perf_counter(), Traffic(self.data.cluster)
         self._refresh()
         self._round += 1
@@ -241,7 +259,7 @@ class Aggregator:
         sink(RoundStarted(self._round, last, len(cohort)))
         start = Start(self._round, cohort, self._global.block(), self._state, self._kept)
         try:
-            outcome = play(self._crew, self._global.layout, self._rules, start, sink)
+            outcome = play(self._crew, self._global.layout, self._rules, start, sink, timeline)
         except QuorumError:
             self._crew.dismiss()  # a trainer that could not be made must not stay
             raise

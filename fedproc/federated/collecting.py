@@ -63,7 +63,6 @@ class Collector:
         crew: Crew,
         broadcast: Broadcast,
         tasks: Mapping[str, Task],
-        *,
         retries: int,
         deadline: float | None = None,
     ) -> None:
@@ -90,8 +89,8 @@ class Collector:
         fitting = _WINDOW_BYTES // max(1, self._block_bytes)
         self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, fitting))
 
-    def updates(self) -> Iterator[tuple[str, Update | FedprocError]]:
-        """Yields every client with its update or with why there is none, in cohort order.
+    def updates(self) -> Iterator[tuple[Task, Update | FedprocError]]:
+        """Yields every task with its update or with why there is none, in cohort order.
 
         Raises:
             ClosedError: The cluster was closed.
@@ -99,10 +98,10 @@ class Collector:
         """
         self._enqueue(list(self._tasks))
         try:
-            for client in self._tasks:
+            for client, task in self._tasks.items():
                 while client not in self._arrived:
                     self._advance(client)
-                yield client, self._arrived.pop(client)
+                yield task, self._arrived.pop(client)
         finally:
             for lane in self._lanes.values():
                 lane.abandon()
@@ -190,7 +189,8 @@ class Collector:
                 promise = call_there(self._crew.trainer(name), "failure", client)
                 lane.submit(Batch([client], promise))
             else:
-                self._settle(client, update.with_block(block))
+                update.block = block
+                self._settle(client, update)
 
     def _settle(self, client: str, result: Update | FedprocError) -> None:
         if client in self._open:

@@ -97,7 +97,8 @@ class Fold:
             self._mean.add(pieces, mean_weight)
         else:
             self._rows.append(torch.cat(pieces))
-        self._buffer_mean.add([section.view(block) for section in self._buffers], weight)
+        if self._buffers:
+            self._buffer_mean.add([section.view(block) for section in self._buffers], weight)
         integers = [section.view(block) for section in self._integers]
         if not self._largest:
             self._largest = [values.clone() for values in integers]

@@ -5,11 +5,13 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedproc.client.evaluation import exact_sum
+from fedproc.client.seeding import torch_threads
 from fedproc.client.update import Task, Update
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from fedproc.events import Sink
     from fedproc.federated.crew import Crew
     from fedproc.federated.strategies.contract import State, Strategy
+    from fedproc.federated.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +122,20 @@ class Outcome:
         )
 
 
-def play(crew: Crew, layout: Layout, rules: Rules, start: Start, sink: Sink) -> Outcome:
+def play(
+    crew: Crew,
+    layout: Layout,
+    rules: Rules,
+    start: Start,
+    sink: Sink,
+    timeline: Timeline | None = None,
+) -> Outcome:
     """Plays one round.
 
     Raises:
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
     """
     sizes = crew.data.sizes
-    skipped = tuple(client for client in start.cohort if not sizes[client])
     tasks = {
         client: Task(client, start.number, rules.seed, place)
         for place, client in enumerate(start.cohort)
@@ -135,27 +144,43 @@ def play(crew: Crew, layout: Layout, rules: Rules, start: Start, sink: Sink) -> 
     shared = rules.strategy.shared(start.state)
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
     broadcast = Broadcast(start.block, shared, start.kept)
-    collector = Collector(crew, broadcast, tasks, retries=rules.retries, deadline=rules.deadline)
-    tally = _Tally()
-    for client, result in collector.updates():
-        _take(client, result, rules, fold, tally)
-        sink(ClientFinished(start.number, client, client in tally.failures))
+    collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline)
+    tally = _fold_all(collector, rules, fold, sink, timeline)
     _require_quorum(start, tally, rules.min_clients)
+    began = time.perf_counter()
     new, state = _apply(layout, rules, start, fold, tally, len(crew.data.clients))
-    trained_bytes = sum(s.numel * s.dtype.itemsize for s in layout.of_kind("trained"))
-    payload_bytes = layout.payload_bytes + len(shared) * trained_bytes
+    if timeline is not None:
+        timeline.did("strategy", began)
+    payload_bytes = layout.payload_bytes + len(shared) * layout.trained_bytes
     return Outcome(
         block=new,
         state=state,
         kept={client: update.state for client, update in tally.updates.items()},
         accepted=tuple(tally.updates),
-        skipped=skipped,
+        skipped=tuple(client for client in start.cohort if not sizes[client]),
         failures=tally.failures,
         loss=_loss(tally),
         metrics=_metrics(tally),
         examples=sum(update.examples for update in tally.updates.values()),
         bytes_moved=(len(tasks) + len(tally.updates)) * payload_bytes,
     )
+
+
+def _fold_all(
+    collector: Collector, rules: Rules, fold: Fold, sink: Sink, timeline: Timeline | None
+) -> _Tally:
+    """Takes what the clients return, in cohort order."""
+    tally = _Tally()
+    # The workers have the cores: waking torch's other threads costs more than they help here.
+    with torch_threads(1):
+        for task, result in collector.updates():
+            client, began = task.client, time.perf_counter()
+            _take(client, result, rules, fold, tally)
+            if timeline is not None:
+                timeline.trained(client, collector.home(client), result)
+                timeline.folded(client, began, tally.failures.get(client))
+            sink(ClientFinished(task.round, client, client in tally.failures))
+    return tally
 
 
 def _take(

@@ -50,9 +50,18 @@ Table = tuple[list[TensorSpec], list[Place]]
 class Exporter:
     """Gives storages a place: inline, where they lie in the arena already, or in a new block."""
 
-    def __init__(self, arena: Arena, inline_bytes: int = INLINE_BYTES) -> None:
-        """``arena``: of this process; storages of ``inline_bytes`` and more go through it."""
+    def __init__(
+        self, arena: Arena, inline_bytes: int = INLINE_BYTES, *, copy: bool = False
+    ) -> None:
+        """Place storages.
+
+        Args:
+            arena: of this process.
+            inline_bytes: storages of this size and more go through it.
+            copy: also those that lie in it already.
+        """
         self._arena = arena
+        self._copy = copy
         self._inline_bytes = max(inline_bytes, 1)  # what has no bytes needs no block
         self.blocks: list[Block] = []
         self.held: list[torch.Tensor] = []
@@ -64,7 +73,7 @@ class Exporter:
         if nbytes < self._inline_bytes:
             flat = source if same_layout else _laid_out(source, stride)
             return ctypes.string_at(flat.data_ptr(), nbytes) if nbytes else b""
-        if same_layout:
+        if same_layout and not self._copy:
             offset = self._arena.offset_of(source.data_ptr())
             if offset is not None:
                 self.held.append(source)
@@ -107,7 +116,8 @@ class Packer:
         known = self._places.get(id(tensor))
         if known is not None:
             return -known
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_nested:
             return None
         place = self._places[id(tensor)] = len(self.tensors)
         self.tensors.append(tensor)

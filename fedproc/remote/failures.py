@@ -1,12 +1,16 @@
 """What failed on one worker, and whether anybody has been told. Runs in the parent."""
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from fedproc.errors import FedprocError, remote_error
 from fedproc.remote.site import Site
 from fedproc.wire.commands import Failure
+
+MOST_SEEN = 256
+"""Failures that are kept after somebody has seen them, for results that depend on them."""
 
 
 class Failures:
@@ -19,6 +23,7 @@ class Failures:
         self._unseen: dict[int, None] = {}
         self._causes: dict[int, int] = {}
         self._sites: dict[int, Site] = {}
+        self._seen: deque[int] = deque()
 
     def add(self, number: int, site: Site, cause: int, failure: tuple[Any, ...] | None) -> None:
         """A command without an answer has failed, by itself or by a cause; may be told twice."""
@@ -39,7 +44,10 @@ class Failures:
         if failure is not None:
             raise self._exception(Failure(*failure), site)
         self.raise_for(cause)
-        raise FedprocError(f"command {cause} on worker {self._worker!r} failed, nobody knows why")
+        raise FedprocError(
+            f"command {cause} on worker {self._worker!r}, which this depends on, failed long ago; its "
+            "error was raised then."
+        )
 
     def failed(self, number: int) -> bool:
         """Whether command ``number`` failed."""
@@ -50,7 +58,13 @@ class Failures:
         number = self._causes.get(number, number)
         if number in self._known:
             self._unseen.pop(number, None)
-            raise self._exception(*self._known[number])
+            self._seen.append(number)
+            error = self._exception(*self._known[number])
+            while len(self._seen) > MOST_SEEN:
+                old = self._seen.popleft()
+                if old not in self._seen:
+                    self._known.pop(old, None)
+            raise error
 
     def unseen(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """(number, function that raises it) of every error that nobody has looked at."""

@@ -248,8 +248,9 @@ def as_completed(pointers: Iterable[Pointer], timeout: float | None = None) -> I
     for pointer in waiting:
         pointer._data().link.flush()
     while waiting:
-        ready = [pointer for pointer in waiting if _is_done(pointer)]
-        waiting = [pointer for pointer in waiting if not any(pointer is one for one in ready)]
+        states = [(pointer, _is_done(pointer)) for pointer in waiting]
+        ready = [pointer for pointer, done in states if done]
+        waiting = [pointer for pointer, done in states if not done]
         yield from ready
         if waiting and not ready:
             left = None if deadline is None else deadline - time.monotonic()

@@ -27,6 +27,7 @@ class Handle:
         "oid",
         "parts",
         "path",
+        "taken",
         "whole",
     )
 
@@ -36,6 +37,7 @@ class Handle:
         self.oid = oid
         self.number = oid  # of the command that makes it
         self.gone: str | None = None  # why it cannot be used any more
+        self.taken = False  # a thread is bringing it home
         self.facts: dict[str, Any] | None = None  # kind, shape ... as last told
         self.facts_at = -1  # link.outbox.writes when they were
         self.labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
@@ -59,6 +61,22 @@ class Handle:
         """
         if self.gone is not None:
             raise ObjectGoneError(self.gone)
+
+    def take(self) -> None:
+        """Only one thread brings an object home.
+
+        Raises:
+            ObjectGoneError: it is gone, or another thread is doing it.
+        """
+        self.check()
+        self.link.check()
+        with self.link.outbox.lock:
+            if self.taken:
+                raise ObjectGoneError(
+                    f"object {self.oid} is being brought home from worker {self.link.name!r} by "
+                    "another thread; only one get() can have it."
+                )
+            self.taken = True
 
     def moved(self, link: "Link", oid: int, number: int) -> None:
         """The object is elsewhere now."""

@@ -44,6 +44,9 @@ class Readable(Protocol):
     def tidy(self) -> None:
         """Send the frees of dropped pointers."""
 
+    def look_after(self) -> None:
+        """Notice a process that has ended without ending its stream."""
+
     @property
     def unsent(self) -> bool:
         """Whether something is still to be written."""
@@ -175,6 +178,7 @@ class Hub:
             again = False
             for link in self._links.values():
                 link.tidy()
+                link.look_after()
                 again |= not link.flush()
 
     def close(self) -> None:

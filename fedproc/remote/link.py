@@ -36,6 +36,8 @@ from fedproc.wire import frames
 
 MOST_UNANSWERED = 100_000
 """Commands in flight at which submitting waits for the worker to catch up."""
+DEAD_LOOKS = 3
+"""How often a process is seen dead before its stream is given up: what it still said comes first."""
 LOST_SECONDS = 1.0
 """How long the exit code of a worker is waited for."""
 
@@ -68,6 +70,7 @@ class Link:
         self.end: FedprocError | None = None
         self.lost_seen = True
         self.lockstep: float | None = 0.0
+        self._dead_looks = 0
 
     # ---- submitting
 
@@ -83,11 +86,16 @@ class Link:
             ClosedError: the cluster was closed, or this is a forked child.
             WorkerLostError: the worker's process has ended.
         """
-        self.check()  # before the lock: in a forked child it may be held for ever
-        with self.outbox.lock:
-            if self.end is not None:
-                self.check()
-            number = self.outbox.send(message, site)
+        try:
+            self.check()  # before the lock: in a forked child it may be held for ever
+            with self.outbox.lock:
+                if self.end is not None:
+                    self.check()
+                number = self.outbox.send(message, site)
+        except BaseException:
+            if message.exporter is not None:
+                message.exporter.release()
+            raise
         if urgent or not self.outbox.in_burst():
             self.flush()
         else:
@@ -121,6 +129,13 @@ class Link:
         """Send the frees of dropped pointers, if no command took them along."""
         if self.end is None:
             self.outbox.tidy()
+
+    def look_after(self) -> None:
+        """Notice a process that ended while a child of its own keeps the stream open."""
+        if self.end is None and self.process.poll() is not None:
+            self._dead_looks += 1
+            if self._dead_looks >= DEAD_LOOKS:
+                self.lose("its process ended")
 
     def note(self, handle: Handle) -> None:
         """Find ``handle`` by its id from now on."""
@@ -223,6 +238,11 @@ class Link:
         with self.outbox.lock:  # nobody gets a write in between
             self.outbox.lend(borrow, self.submit(message, site, urgent=True))
 
+    def free_to_write(self, borrow: Borrow) -> None:
+        """A copy is read: what waits for this borrow goes out, its blocks stay."""
+        borrow.read_a_copy()
+        self.outbox.go_on()
+
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out."""
         self.outbox.give_back(borrow)
@@ -293,6 +313,8 @@ class Link:
 
     def kill(self) -> None:
         """End the process now; its end is noticed like any other."""
+        if self.owner != os.getpid():
+            self.check()
         self.process.kill()
         self.hub.wait_until(lambda: self.end is not None, LOST_SECONDS)
 

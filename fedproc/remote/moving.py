@@ -14,7 +14,7 @@ from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import warn_cut
-from fedproc.remote.site import caller
+from fedproc.remote.site import Site, caller
 from fedproc.wire import commands
 
 
@@ -36,17 +36,11 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
         return
     target.check()
     site = caller()
-    message = plain(commands.Export(handle.oid), "move")
-    borrow = Borrow(scoped=False)
-    try:
-        source.lend(borrow, message, site)
-        flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
-        _attach(source, target)
-        record = commands.Import(slot, source.arena_name, flags, payload, *labels)
-        number = target.submit(plain(record, "move"), site, urgent=True)
-        target.answer(number, "move")
-    finally:
-        source.give_back(borrow)
+    told = _carry(handle, target, slot, site, copy=False)
+    if told is None:
+        told = _carry(handle, target, slot, site, copy=True)
+    assert told is not None
+    number, ids, cut, optimizer = told
     source.submit(plain(commands.Remove(handle.oid), "move"), site)
     _follow(source, ids, target, slot or number, number)
     if cut:
@@ -58,6 +52,35 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _carry(
+    handle: Handle, target: Link, slot: int, site: Site, *, copy: bool
+) -> tuple[int, tuple[int, ...], bool, bool] | None:
+    """Export here, import there: (number of the import, ids, graph cut, optimizer left behind).
+
+    Without ``copy`` the source's writes wait until the target has read. The target must be able to
+    read at once then: were it held back itself by somebody who waits for our source, both would
+    wait for ever. If it is held back: None, to be done with a copy.
+    """
+    source = handle.link
+    message = plain(commands.Export(handle.oid, copy), "move")
+    borrow = Borrow(scoped=False)
+    try:
+        source.lend(borrow, message, site)
+        flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
+        if copy:
+            source.free_to_write(borrow)
+        _attach(source, target)
+        record = commands.Import(slot, source.arena_name, flags, payload, *labels)
+        with target.outbox.lock:
+            if target.outbox.holding and not copy:
+                return None
+            number = target.submit(plain(record, "move"), site, urgent=True)
+        target.answer(number, "move")
+    finally:
+        source.give_back(borrow)
+    return number, ids, cut, optimizer
 
 
 def _follow(source: Link, ids: tuple[int, ...], target: Link, oid: int, number: int) -> None:

@@ -23,6 +23,8 @@ from fedproc.wire import commands, frames
 BURST_SECONDS = 2e-4
 """A command that follows another this quickly waits for company before it is written."""
 BURST_COMMANDS = 64
+MOST_CODE_BYTES = 32 << 20
+"""Shipped code that a worker keeps; beyond, it forgets all and is told again."""
 
 _RELEASE = commands.KIND[commands.Release]
 _BOOKKEEPING = frozenset({commands.Free, commands.Define, commands.Attach})
@@ -31,11 +33,13 @@ _BOOKKEEPING = frozenset({commands.Free, commands.Define, commands.Attach})
 class Borrow:
     """Somebody reads the worker's memory: commands that may write wait until it ends."""
 
+    _outbox: "Outbox | None" = None
+
     def __init__(self, *, scoped: bool) -> None:
         """``scoped``: the user holds it in a ``with`` block, and could wait for himself in it."""
         self.query = 0
+        self.writable = False
         self.thread = threading.get_ident() if scoped else None
-        self._outbox: Outbox | None = None
 
     def begin(self, outbox: "Outbox", query: int) -> None:
         """The query is sent: ``query`` is its number."""
@@ -46,6 +50,10 @@ class Borrow:
     def active(self) -> bool:
         """Whether it has begun and not ended."""
         return self._outbox is not None
+
+    def read_a_copy(self) -> None:
+        """What is read does not change: writes need not wait, but the blocks are still in use."""
+        self.writable = True
 
     def end(self) -> bool:
         """Nothing is read any more; whether it was."""
@@ -73,9 +81,10 @@ class Outbox:
         self._inbox = inbox
         self._numbers = numbers
         self._shipped: set[bytes] = set()
+        self._shipped_bytes = 0
         self._borrows: list[weakref.ref[Borrow]] = []
         self._orphans: deque[int] = deque()
-        self._held: list[tuple[int, bytes]] = []
+        self._held: deque[tuple[int, bytes, bool]] = deque()  # number, frame, writes
         self._written_at = 0.0
 
     def send(self, message: Message, site: Site) -> int:
@@ -101,7 +110,7 @@ class Outbox:
         if self._held:
             self._let_held_go()
         if self._held or (message.writes and self._lent()):
-            self._held.append((number, frame))
+            self._held.append((number, frame, message.writes))
         elif self._channel.append(frame) >= BURST_COMMANDS:
             self.flush()
         # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
@@ -117,10 +126,18 @@ class Outbox:
         return dropped
 
     def _define(self, definitions: dict[bytes, bytes]) -> None:
+        new = sum(len(code) for digest, code in definitions.items() if digest not in self._shipped)
+        forget = self._shipped_bytes + new > MOST_CODE_BYTES
+        if forget:
+            self._shipped.clear()
+            self._shipped_bytes = 0
         for digest, code in definitions.items():
             if digest not in self._shipped:
-                self._append(plain(commands.Define(digest, code), "define"), Site.nowhere())
+                record = commands.Define(digest, code, forget)
+                self._append(plain(record, "define"), Site.nowhere())
                 self._shipped.add(digest)
+                self._shipped_bytes += len(code)
+                forget = False
 
     def in_burst(self) -> bool:
         """Whether the last write was a moment ago: then the next may wait for company."""
@@ -149,24 +166,40 @@ class Outbox:
         self._borrows.append(weakref.ref(borrow))
 
     def _lent(self) -> bool:
-        """Whether somebody reads. An interrupted borrow is gone with whoever held it."""
-        if self._borrows:
-            self._borrows = [ref for ref in self._borrows if _reads(ref)]
-        return bool(self._borrows)
+        """Whether somebody reads. An interrupted borrow is gone with whoever held it.
+
+        A borrow whose query is itself held back does not read yet: it must not hold itself.
+        """
+        if not self._borrows:
+            return False
+        self._borrows = [ref for ref in self._borrows if _reads(ref)]
+        sent = self._held[0][0] if self._held else self.last + 1
+        return any(borrow.query < sent for ref in self._borrows if (borrow := ref()) is not None)
+
+    @property
+    def holding(self) -> bool:
+        """Whether commands wait for the end of a borrow; to be asked with the lock."""
+        return bool(self._held)
 
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
         query = borrow.query
         if borrow.end():
             self.release(query)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Send what waits for no borrow any more."""
         with self.lock:
             self._let_held_go()
 
     def _let_held_go(self) -> None:
-        if self._held and not self._lent():
-            for _, frame in self._held:  # interrupted here, some go twice: the worker sees that
-                self._channel.append(frame)
-            self._held = []
+        released = False
+        while self._held and not (self._held[0][2] and self._lent()):
+            self._channel.append(self._held[0][1])
+            self._held.popleft()  # interrupted before, it goes twice: the worker sees that
+            released = True
+        if released:
             self.flush()
 
     def orphan(self, query: int) -> None:
@@ -203,4 +236,4 @@ class Outbox:
 
 def _reads(reference: "weakref.ref[Borrow]") -> bool:
     borrow = reference()
-    return borrow is not None and borrow.active
+    return borrow is not None and borrow.active and not borrow.writable

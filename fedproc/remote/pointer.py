@@ -146,9 +146,15 @@ class Pointer(metaclass=Kind):
 
             return take_apart(self)
         handle = self._handle
-        value = reading.value(handle, "get", timeout)
+        handle.take()
+        try:
+            value = reading.value(handle, "get", timeout)
+        except BaseException:
+            handle.taken = False
+            raise
         with contextlib.suppress(WorkerLostError, ClosedError):  # we have it already
             handle.link.submit(plain(commands.Remove(handle.oid), "get"), caller())
+        handle.link.outbox.handles.pop(handle.oid, None)
         handle.gone = (
             f"object {handle.oid} was brought home from worker {handle.link.name!r} with get(): "
             "it is not there any more. Use the value that get() returned, or fetch() next time."
@@ -217,9 +223,6 @@ class Pointer(metaclass=Kind):
 
     # ---- what a pointer is not
 
-    __array_ufunc__ = None
-    """NumPy leaves operators with arrays to us, and we refuse them."""
-
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to become an array or a local tensor behind the user's back."""
         raise PlacementError(
@@ -227,7 +230,8 @@ class Pointer(metaclass=Kind):
             "itself. Bring it home: pointer.get() or pointer.fetch()."
         )
 
-    __dlpack__ = __dlpack_device__ = __array__  # torch.tensor and torch.as_tensor ask for these
+    # torch.tensor and torch.as_tensor ask for these, operators of NumPy arrays for the last
+    __dlpack__ = __dlpack_device__ = __array_ufunc__ = __array__
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be pickled, copied or captured."""

@@ -54,11 +54,13 @@ class Fetch(NamedTuple):
 class Export(NamedTuple):
     """Query: where the bytes of an object are, for another worker to copy them.
 
+    With ``copy`` the bytes are copied first, so that the object may change at once.
     Answered with ``(flags, payload, ids, cut, optimized, labels)``: the encoded value, all ids the
     object has, whether its autograd history stays behind, whether an optimizer does, its labels.
     """
 
     target: int
+    copy: bool = False
 
 
 class Import(NamedTuple):
@@ -113,10 +115,14 @@ class Define(NamedTuple):
 
     digest: bytes
     code: bytes
+    forget: bool = False  # all that was defined before
 
 
 class Attach(NamedTuple):
-    """The descriptor of another process's arena waits on the side socket."""
+    """The descriptor of another process's arena waits on the side socket.
+
+    With 0 bytes: that process is gone, its arena is not needed any more.
+    """
 
     name: str
     size_bytes: int

@@ -4,6 +4,7 @@ A handler gets the host, the frame of the command and its fields. It raises what
 loop turns that into a tombstone and a reply.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedproc.worker import privacy
 from fedproc.worker.host import Host
 from fedproc.worker.inspections import INSPECTIONS, description, type_name
 from fedproc.worker.modes import applied, usual
+from fedproc.worker.reshaping import reshaping
 from fedproc.worker.store import Domain
 
 _IN_PLACE = frozenset(
@@ -63,29 +65,29 @@ def _run(
     target = resolve(name) if name else function
     if privacy.any_private(host.used):
         return _run_private(host, name, target, args, kwargs, modes)
-    if modes is None:
+    pure = name.startswith(PURE_PREFIXES) and not _writes(name) and "out" not in kwargs
+    if pure and modes is None and not name.startswith("torch.set_"):
+        return target(*args, **kwargs)
+    with contextlib.nullcontext() if pure else reshaping(host, name, kwargs):
+        if modes is not None:
+            with applied(modes):
+                return target(*args, **kwargs)
         try:
             return target(*args, **kwargs)
         finally:
-            if not name or name.startswith("torch.set_"):
-                usual()
-    with applied(modes):
-        return target(*args, **kwargs)
+            usual()
 
 
 def _run_private(
     host: Host, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any
 ) -> Any:
     used = list(host.used)
-    pure = name.startswith(PURE_PREFIXES)
-    watch = None if pure else privacy.Watch(used)
-    if name.endswith("backward"):
-        leaves = privacy.leaves_of(args[0])
-        for entry in host.store:
-            if privacy.holds_leaf(entry, leaves):
-                entry.domain.taint()
+    # What an operator or a method of a tensor writes into is its first argument. Anything else may
+    # write anywhere: into what it was given, and into the leaves of its graphs (backward).
+    pure = name.startswith(("operator.", "Tensor.")) and not name.endswith("backward")
+    watch = None if pure else privacy.Watch([*used, *privacy.leaf_holders(used, host.store)])
     try:
-        with applied(modes), privacy.silence():
+        with applied(modes), privacy.silence(), reshaping(host, name, kwargs):
             return target(*args, **kwargs)
     finally:
         if watch is not None:
@@ -162,10 +164,11 @@ def _answer(host: Host, sequence: int, value: Any) -> None:
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Answer with where the bytes of an object are, and all its ids and labels."""
-    entry = host.store.entry(commands.Export(*fields).target)
+    command = commands.Export(*fields)
+    entry = host.store.entry(command.target)
     host.used.append(entry)
     privacy.may_leave(entry, "move", host.spec.name)
-    flags, body, exporter = host.encode(entry.value)
+    flags, body, exporter = host.encode(entry.value, copy=command.copy)
     host.exports[frame.sequence] = exporter
     cut = isinstance(entry.value, torch.Tensor) and entry.value.grad_fn is not None
     labels = (tuple(entry.tags), entry.description)
@@ -250,6 +253,8 @@ class RemotePointer:
 def define(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Keep code by its digest."""
     command = commands.Define(*fields)
+    if command.forget:
+        host.definitions.clear()
     host.definitions[command.digest] = command.code
 
 

@@ -104,13 +104,15 @@ class Host:
 
     # ---- writing
 
-    def encode(self, value: Any, inline_bytes: int = INLINE_BYTES) -> tuple[int, bytes, Exporter]:
+    def encode(
+        self, value: Any, inline_bytes: int = INLINE_BYTES, *, copy: bool = False
+    ) -> tuple[int, bytes, Exporter]:
         """``(flags, body, exporter)`` of a value on its way out.
 
         Raises:
             NotShippableError: it cannot be pickled.
         """
-        packer, exporter = Packer(), Exporter(self.arena, inline_bytes)
+        packer, exporter = Packer(), Exporter(self.arena, inline_bytes, copy=copy)
         encoder = Encoder({torch.Tensor: packer.add, nn.Parameter: packer.add}, nest_code=True)
         try:
             body = encoder.encode(value)
@@ -156,6 +158,9 @@ class Host:
 
     def attach(self, name: str, size_bytes: int) -> None:
         """Map the arena whose descriptor waits on the side socket."""
+        if size_bytes == 0:
+            self.mapped.pop(name).close()
+            return
         _, received, _, _ = socket.recv_fds(self.side, 1, 1)
         self.map(name, received[0], size_bytes)
         os.close(received[0])

@@ -8,8 +8,7 @@ taken before, and any other mutable object counts as written.
 
 import contextlib
 import io
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +63,9 @@ def result_domain(value: Any, used: Sequence[Entry], *, private: bool) -> Domain
                 return entry.domain
     sources = tuple(entry.domain for entry in used if not isinstance(entry.value, (int, float)))
     if isinstance(value, torch.Tensor):
-        # a tensor with memory of its own; only parameters of a module used here are shared
-        sources = tuple(e.domain for e in used if isinstance(e.value, nn.Module))
+        # It may be, or share memory with, a tensor inside a module, list or optimizer used here;
+        # with the tensors used themselves it shares none.
+        sources = tuple(e.domain for e in used if not isinstance(e.value, torch.Tensor))
     return Domain(private, sources)
 
 
@@ -83,13 +83,16 @@ class Watch:
         """Remember the values of the public tensors and modules among ``used``."""
         self._public = [entry for entry in used if not entry.domain.private]
         self._before = [_snapshot(entry.value) for entry in self._public]
+        self._attributes = [_attributes(entry.value) for entry in self._public]
 
     def taint(self) -> None:
         """Make private what differs, and what cannot be compared."""
-        for entry, before in zip(self._public, self._before, strict=True):
+        every = zip(self._public, self._before, self._attributes, strict=True)
+        for entry, before, attributes in every:
             if isinstance(entry.value, (int, float, str, bytes, bool, type(None))):
                 continue
-            if before is None or not _same(before, _snapshot(entry.value)):
+            same = before is not None and _same(before, _snapshot(entry.value))
+            if not same or attributes != _attributes(entry.value):
                 entry.domain.taint()
 
 
@@ -104,6 +107,17 @@ def _snapshot(value: Any) -> list[torch.Tensor] | None:
     return [torch.empty(0) if t is None else t.detach().clone() for t in found]
 
 
+def _attributes(value: Any) -> list[tuple[str, int, int]]:
+    """What the parts of a module keep beside parameters and buffers: names, identities, sizes."""
+    if not isinstance(value, nn.Module):
+        return []
+    return [
+        (name, id(kept), len(kept) if isinstance(kept, (list, dict, set)) else 0)
+        for part in value.modules()
+        for name, kept in vars(part).items()
+    ]
+
+
 def _same(before: list[torch.Tensor], after: list[torch.Tensor] | None) -> bool:
     if after is None or len(before) != len(after):
         return False
@@ -113,11 +127,21 @@ def _same(before: list[torch.Tensor], after: list[torch.Tensor] | None) -> bool:
     )
 
 
-def leaves_of(loss: torch.Tensor) -> set[int]:
-    """ids() of the leaf tensors that ``loss.backward()`` writes gradients into."""
+def leaf_holders(used: Sequence[Entry], store: Iterable[Entry]) -> list[Entry]:
+    """Public objects that hold leaves of the graphs of private tensors: backward writes there."""
+    leaves: set[int] = set()
+    for entry in used:
+        if entry.domain.private and isinstance(entry.value, torch.Tensor):
+            leaves |= _leaves_of(entry.value)
+    if not leaves:
+        return []
+    return [e for e in store if not e.domain.private and _holds_leaf(e.value, leaves)]
+
+
+def _leaves_of(tensor: torch.Tensor) -> set[int]:
     found: set[int] = set()
     seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
+    stack: list[Any] = [tensor.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -130,11 +154,10 @@ def leaves_of(loss: torch.Tensor) -> set[int]:
     return found
 
 
-def holds_leaf(entry: Entry, leaves: set[int]) -> bool:
-    """Whether the object is, or is a module with, one of these leaf tensors."""
-    if isinstance(entry.value, nn.Module):
-        return any(id(parameter) in leaves for parameter in entry.value.parameters())
-    return id(entry.value) in leaves
+def _holds_leaf(value: Any, leaves: set[int]) -> bool:
+    if isinstance(value, nn.Module):
+        return any(id(parameter) in leaves for parameter in value.parameters())
+    return id(value) in leaves
 
 
 @contextlib.contextmanager
@@ -143,4 +166,3 @@ def silence() -> Iterator[None]:
     sink = io.StringIO()
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         yield
-    sys.stdout.flush()

@@ -22,11 +22,12 @@ class Domain:
     optimizer to its parameters) has their domains as sources: it is private when one of them is.
     """
 
-    __slots__ = ("_private", "_sources")
+    __slots__ = ("_private", "_sources", "_tainted")
 
     def __init__(self, private: bool = False, sources: tuple["Domain", ...] = ()) -> None:
         """Private from the start, or when one of ``sources`` is."""
         self._private = private
+        self._tainted = False
         self._sources = sources
 
     @property
@@ -37,8 +38,11 @@ class Domain:
         return self._private
 
     def taint(self) -> None:
-        """A private value was written here."""
-        self._private = True
+        """A private value was written here, or into something that is referred to from here."""
+        if not self._tainted:
+            self._private = self._tainted = True
+            for source in self._sources:
+                source.taint()
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedproc.client.seeding import derive_seed, generator_for, seeded_streams, torch_threads
+from fedproc.client.seeding import (
+    derive_seed,
+    generator_for,
+    preserved_streams,
+    seed_streams,
+    torch_threads,
+)
 
 CPU = torch.device("cpu")
 
@@ -27,9 +33,10 @@ def test_seeds_are_what_they_always_were():
 def test_seeds_fit_every_generator(parts):
     seed = derive_seed(*parts)
     assert 0 <= seed < 2**63
-    with seeded_streams(seed, CPU):
+    with preserved_streams(CPU):
+        seed_streams(seed, CPU)
         first = draws()
-    with seeded_streams(seed, CPU):
+        seed_streams(seed, CPU)
         assert draws() == first
 
 
@@ -41,7 +48,8 @@ def test_the_streams_of_the_process_are_given_back_also_after_an_error():
         seed(3)
 
     def fail():
-        with seeded_streams(5, CPU):
+        with preserved_streams(CPU):
+            seed_streams(5, CPU)
             draws()
             raise KeyError
 

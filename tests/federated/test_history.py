@@ -86,8 +86,13 @@ def test_records_are_frozen():
         record(1).loss = 2.0
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_the_bar_shows_rounds_clients_loss_and_time_left():
-    stream, seconds = io.StringIO(), iter(range(100))
+    stream, seconds = Terminal(), iter(range(100))
     bar = ProgressBar(stream, lambda: float(next(seconds)))
     bar(RoundStarted(1, 2, 4))
     for client in "abcd":
@@ -101,6 +106,20 @@ def test_the_bar_shows_rounds_clients_loss_and_time_left():
     assert any("4/4 (1 failed)  loss 0.5000  accuracy 0.8750" in line for line in lines)
     assert stream.getvalue().endswith("\n")
     assert len({len(line) for line in stream.getvalue().strip("\r\n").split("\r")}) == 1
+
+
+def test_without_a_terminal_every_round_is_a_plain_line():
+    stream = io.StringIO()
+    bar = ProgressBar(stream, lambda: 0.0)
+    for number in (1, 2):
+        bar(RoundStarted(number, 2, 1))
+        bar(ClientFinished(number, "a", failed=False))
+        bar(RoundFinished(number, 0.5, None))
+    bar.close()
+    assert stream.getvalue() == (
+        "round 1/2 [############] 1/1  loss 0.5000  0 s\n"
+        "round 2/2 [############] 1/1  loss 0.5000  0 s\n"
+    )
 
 
 def test_a_bar_without_events_writes_nothing():

@@ -13,6 +13,13 @@ from tests.federated.worlds import blobs, shards
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fonts(tmp_path_factory):
+    """Lets matplotlib open its fonts, which stay open."""
+    summary = Summary((ClientSummary("a", "w", 1, None),))
+    summary.plot(tmp_path_factory.mktemp("plots") / "first.png")
+
+
 def with_labels(labels):
     return torch.zeros(len(labels), 2), torch.tensor(labels)
 
