@@ -150,9 +150,8 @@ class Layout:
         """Copies ``block`` into tensors in place, whatever their strides."""
         with torch.no_grad():
             for section, members in zip(self.sections, tensors, strict=True):
-                pieces = torch.split(
-                    section.view(block), [entry.numel for entry in section.entries]
-                )
+                sizes = [entry.numel for entry in section.entries]
+                pieces = section.view(block).split_with_sizes(sizes)
                 for entry, piece, member in zip(section.entries, pieces, members, strict=True):
                     member.copy_(piece.view(entry.shape))
 

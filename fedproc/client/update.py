@@ -5,7 +5,7 @@ Made in one process and read in another: the parent makes tasks, workers make up
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -59,10 +59,6 @@ class Update:
     state: dict[str, Any] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
-
-    def without_block(self) -> Update:
-        """Returns the update without its tensors of the model, for the record."""
-        return replace(self, block=NO_BLOCK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedproc.client.evaluation import exact_sum
 from fedproc.client.seeding import torch_threads
-from fedproc.client.update import Task, Update
+from fedproc.client.update import NO_BLOCK, Task, Update
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast, Collector
@@ -199,7 +199,8 @@ def _take(
         return
     fold.add(result.block, weight, mean_weight)
     tally.weights.append(weight)
-    tally.updates[client] = result.without_block()
+    result.block = NO_BLOCK  # folded; a round keeps no blocks
+    tally.updates[client] = result
 
 
 def _apply(

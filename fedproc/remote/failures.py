@@ -45,8 +45,8 @@ class Failures:
             raise self._exception(Failure(*failure), site)
         self.raise_for(cause)
         raise FedprocError(
-            f"command {cause} on worker {self._worker!r}, which this depends on, failed long ago; its "
-            "error was raised then."
+            f"command {cause} on worker {self._worker!r}, which this depends on, failed long ago; "
+            "its error was raised then."
         )
 
     def failed(self, number: int) -> bool:

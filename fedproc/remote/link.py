@@ -37,7 +37,7 @@ from fedproc.wire import frames
 MOST_UNANSWERED = 100_000
 """Commands in flight at which submitting waits for the worker to catch up."""
 DEAD_LOOKS = 3
-"""How often a process is seen dead before its stream is given up: what it still said comes first."""
+"""How often a process is seen dead before its stream, which may hold last words, is given up."""
 LOST_SECONDS = 1.0
 """How long the exit code of a worker is waited for."""
 

@@ -19,11 +19,11 @@ def reshaping(host: Host, name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """Run an operation that may write into the tensors the host has noted as used."""
     tensors = [e.value for e in host.used if isinstance(e.value, torch.Tensor)]
     if name.startswith("Tensor.resize"):
-        _free_storage(host, tensors[0])
+        _free_storage(tensors[0])
     out = kwargs.get("out")
     for target in out if isinstance(out, (tuple, list)) else [out]:
         if isinstance(target, torch.Tensor) and target.numel() == 0:
-            _free_storage(host, target)
+            _free_storage(target)
     shapes = [(t, t.size(), t.stride(), t.storage_offset()) for t in tensors if _is_plain(t)]
     try:
         yield
@@ -39,7 +39,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _free_storage(host: Host, tensor: torch.Tensor) -> None:
+def _free_storage(tensor: torch.Tensor) -> None:
     """Out of the arena, into a storage that can grow."""
     if _is_plain(tensor) and not tensor.untyped_storage().resizable():
         tensor.data = tensor.detach().clone()

@@ -1,8 +1,8 @@
 """Starting, using and closing clusters again and again: nothing grows."""
 
 import gc
-import os
 import threading
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,7 +12,7 @@ import fedproc as fp
 
 def _footprint() -> tuple[int, int, int]:
     children = psutil.Process().children(recursive=True)
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children)
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), len(children)
 
 
 def _cycle(transport: str) -> None:
