@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors")
+NAMES = ("start", "overlap", "ops", "tensors", "exact", "clients")
 RESULTS = Path(__file__).parent / "results"
 
 

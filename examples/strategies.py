@@ -1,9 +1,9 @@
 """Four strategies on the same skewed split: how many rounds until 90 % of unseen digits are right?
 
 Ten clients hold scikit-learn's digits, each mostly one or two of the ten classes (Dirichlet 0.1),
-and train long before they talk: their models drift apart, and the mean of them suffers. FedProx
-holds the clients back, Scaffold corrects their direction, FedAdam takes smoother steps on the
-server. Everything else is equal: model, split, seed, local training.
+and train long before they talk: their models drift apart, and the mean of them suffers. Scaffold
+corrects their direction, FedAdam takes smoother steps on the server, FedProx holds the clients
+back, which helps least here. Everything else is equal: model, split, seed, local training.
 
     python examples/strategies.py [strategies.png]
 """
@@ -14,26 +14,25 @@ import sys
 import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 import fedproc as fp
 
-ROUNDS, GOAL = 25, 0.9
+ROUNDS, GOAL = 22, 0.9
 STRATEGIES = {
     "FedAvg": fp.FedAvg(),
-    "FedAdam": fp.FedAdam(lr=0.03),
+    "FedAdam": fp.FedAdam(lr=0.05),
     "Scaffold": fp.Scaffold(),
     "FedProx": fp.FedProx(mu=0.05),
 }
 
 pixels, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
-x, x_test, y, y_test = train_test_split(x, y, test_size=0.2, random_state=0, stratify=y)
+test = torch.arange(len(x)) % 5 == 0
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 local = fp.LocalTraining(
-    nn.CrossEntropyLoss(), functools.partial(torch.optim.SGD, lr=0.3), epochs=4, batch_size=64
+    nn.CrossEntropyLoss(), functools.partial(torch.optim.SGD, lr=0.3), epochs=5, batch_size=64
 )
 
 axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
@@ -41,12 +40,14 @@ axes.set(xlabel="round", ylabel="accuracy on unseen digits", title="Dirichlet 0.
 axes.axhline(GOAL, color="gray", linestyle=":")
 
 with fp.Cluster() as cluster:
-    data = fp.federate((x, y), cluster, clients=10, partition=fp.partition.Dirichlet(0.1))
+    data = fp.federate(
+        (x[~test], y[~test]), cluster, clients=10, partition=fp.partition.Dirichlet(0.1)
+    )
     print(data.summary(), "\n")
     print("strategy   rounds to 90 %   best accuracy   after the last round   seconds")
     for name, strategy in STRATEGIES.items():
         aggregator = fp.Aggregator(model, data, local, strategy=strategy, clients_per_round=0.5)
-        history = aggregator.run(ROUNDS, evaluate_on=(x_test, y_test), progress=False)
+        history = aggregator.run(ROUNDS, evaluate_on=(x[test], y[test]), progress=False)
         curve = [record.evaluation.accuracy for record in history]
         reached = next((str(n) for n, found in enumerate(curve, 1) if found >= GOAL), "not reached")
         seconds = sum(record.seconds for record in history)

@@ -25,7 +25,12 @@ from fedproc.federated.sampling import cohort_size, draw_cohort
 from fedproc.federated.strategies import FedAvg, State, Strategy
 from fedproc.federated.timeline import Timeline
 from fedproc.federated.traffic import Traffic
-from fedproc.federated.validation import require_choices, require_deadline, require_parts
+from fedproc.federated.validation import (
+    require_choices,
+    require_deadline,
+    require_parts,
+    require_reachable,
+)
 from fedproc.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -87,10 +92,7 @@ class Aggregator:
         require_parts(model, data, local, strategy)
         require_choices(weighting, callbacks)
         self._cohort_size = cohort_size(clients_per_round, len(data.clients))
-        if require_at_least("min_clients", min_clients, 1) > self._cohort_size:
-            raise ValueError(
-                f"min_clients={min_clients}, but a round draws {self._cohort_size} clients"
-            )
+        require_reachable(min_clients, self._cohort_size)
         strategy.check(local, self._cohort_size)
         self.data, self.local, self.strategy = data, local, strategy
         self._global = GlobalModel(model)

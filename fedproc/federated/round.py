@@ -136,11 +136,7 @@ def play(
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
     """
     sizes = crew.data.sizes
-    tasks = {
-        client: Task(client, start.number, rules.seed, place)
-        for place, client in enumerate(start.cohort)
-        if sizes[client]
-    }
+    tasks = _tasks(start, sizes, rules.seed)
     shared = rules.strategy.shared(start.state)
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
     broadcast = Broadcast(start.block, shared, start.kept)
@@ -164,6 +160,15 @@ def play(
         examples=sum(update.examples for update in tally.updates.values()),
         bytes_moved=(len(tasks) + len(tally.updates)) * payload_bytes,
     )
+
+
+def _tasks(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
+    """Makes the tasks of clients with rows, in cohort order."""
+    return {
+        client: Task(client, start.number, seed, place)
+        for place, client in enumerate(start.cohort)
+        if sizes[client]
+    }
 
 
 def _fold_all(

@@ -82,7 +82,10 @@ def _stacked(dataset: MapDataset) -> tuple[Tensor, Tensor]:
 def _pair(row: object, index: int) -> Sequence[Any]:
     values = list(row.values()) if isinstance(row, Mapping) else row
     if not isinstance(values, (tuple, list)) or len(values) != 2:
-        raise ValueError(f"row {index} of the dataset is not a pair (x, y): {type(row).__name__}")
+        raise ValueError(
+            f"row {index} of the dataset is not a pair (x, y) but a {type(row).__name__}; choose two "
+            "columns with fedproc.columns(dataset, inputs, targets)"
+        )
     return values
 
 

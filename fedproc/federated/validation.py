@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fedproc.client.ranges import require_positive
+from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.training import LocalTraining
 from fedproc.federated.data import FederatedDataset
 from fedproc.federated.strategies import Strategy
@@ -49,6 +49,12 @@ def require_choices(weighting: object, callbacks: Sequence[object]) -> None:
             raise ValueError(
                 f"a callback must be callable as (aggregator, record), got {callback!r}"
             )
+
+
+def require_reachable(min_clients: int, cohort: int) -> None:
+    """Raises ValueError unless a round of ``cohort`` clients can have so many updates."""
+    if require_at_least("min_clients", min_clients, 1) > cohort:
+        raise ValueError(f"min_clients={min_clients}, but a round draws {cohort} clients")
 
 
 def require_deadline(deadline: object, cluster: Cluster) -> float | None:

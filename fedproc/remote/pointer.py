@@ -223,6 +223,9 @@ class Pointer(metaclass=Kind):
 
     # ---- what a pointer is not
 
+    __array_ufunc__ = None
+    """NumPy leaves operators to us: its scalars are numbers, its arrays are refused."""
+
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to become an array or a local tensor behind the user's back."""
         raise PlacementError(
@@ -230,8 +233,7 @@ class Pointer(metaclass=Kind):
             "itself. Bring it home: pointer.get() or pointer.fetch()."
         )
 
-    # torch.tensor and torch.as_tensor ask for these, operators of NumPy arrays for the last
-    __dlpack__ = __dlpack_device__ = __array_ufunc__ = __array__
+    __dlpack__ = __dlpack_device__ = __array__  # torch.tensor and torch.as_tensor ask for these
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be pickled, copied or captured."""
