@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors", "exact", "clients")
+NAMES = ("start", "overlap", "ops", "tensors")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -224,8 +224,8 @@ class Pointer(metaclass=Kind):
     # ---- what a pointer is not
 
     __array_ufunc__ = None
-    """NumPy leaves operators to us: its scalars are numbers, its arrays are refused."""
 
+    # NumPy leaves operators to us: its scalars are numbers, its arrays are refused.
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to become an array or a local tensor behind the user's back."""
         raise PlacementError(

@@ -1,4 +1,7 @@
-"""Every example runs to its end, silently on stderr, and writes only where it was started."""
+"""Examples run to their end, silently on stderr, and write only where they were started.
+
+Those the README names first; CI runs every file of examples/ as its own step.
+"""
 
 import os
 import subprocess
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = ["bob_and_alice.py", "digits.py", "pointers.py"]
 SLOW = {"digits.py"}
 SLOW_S = 240
 QUICK_S = 50
@@ -31,7 +34,3 @@ def test_example_runs(name, seconds, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout, "an example shows something"
-
-
-def test_the_examples_of_the_readme_exist():
-    assert {"bob_and_alice.py", "digits.py", "pointers.py"} <= set(EXAMPLES)
