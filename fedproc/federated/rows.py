@@ -83,8 +83,8 @@ def _pair(row: object, index: int) -> Sequence[Any]:
     values = list(row.values()) if isinstance(row, Mapping) else row
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise ValueError(
-            f"row {index} of the dataset is not a pair (x, y) but a {type(row).__name__}; choose two "
-            "columns with fedproc.columns(dataset, inputs, targets)"
+            f"row {index} of the dataset is not a pair (x, y) but a {type(row).__name__}; choose "
+            "two columns with fedproc.columns(dataset, inputs, targets)"
         )
     return values
 

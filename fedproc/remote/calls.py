@@ -22,6 +22,7 @@ from fedproc.remote.operations import (
     result_type,
     unknown_count,
 )
+from fedproc.remote.operators import SYMBOLS
 from fedproc.remote.pointer import AnyPointer, Pointer, make, owned
 from fedproc.remote.site import caller
 from fedproc.wire import commands
@@ -116,7 +117,8 @@ def operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _several(structure, name, args, kwargs, writes=writes)
     uncertain = unknown_count(name, args, kwargs)
     cls: type[Pointer] = PendingPointer if uncertain else TensorPointer
-    return run_there(cls, name, args, kwargs, what=name, writes=writes, operation=True)
+    shown = SYMBOLS.get(name, name)
+    return run_there(cls, name, args, kwargs, what=shown, writes=writes, operation=True)
 
 
 def _several(

@@ -43,6 +43,7 @@ __all__ = [
 
 # Filled as functions are met, and holding only functions of torch and operator, which live as
 # long as the process. Two threads may find the same name twice: they write the same entry.
+_KNOWN_MODULES = frozenset({"torch", "operator", "_operator"})
 _known_names: dict[Callable[..., Any], str] = {}
 
 
@@ -69,6 +70,8 @@ def function_name(func: Callable[..., Any]) -> str | None:
 def _find_name(func: Callable[..., Any]) -> str | None:
     """The first candidate that leads back to ``func``."""
     module = getattr(func, "__module__", None)
+    if isinstance(module, str) and module.partition(".")[0] not in _KNOWN_MODULES:
+        return None  # a user's: torch's own search is slow, and changes the warning filters
     own = getattr(func, "__name__", None)
     candidates = [resolve_name(func)]
     if module in {"_operator", "operator"}:

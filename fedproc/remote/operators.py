@@ -14,6 +14,13 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 UNARY = ("neg", "pos", "abs", "invert")
 
 
+SYMBOLS = {
+    f"operator.__{name}__": symbol
+    for name, symbol in zip(BINARY, "+ - * / // % ** @ & | ^ << >>".split(), strict=True)
+}
+"""How a user writes an operation."""
+
+
 def with_operators(
     operate: Operate, *, comparisons: bool = True, in_place: bool = True
 ) -> Callable[[Class], Class]:

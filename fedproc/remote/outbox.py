@@ -20,7 +20,7 @@ from fedproc.remote.site import Site
 from fedproc.transport.channel import Channel
 from fedproc.wire import commands, frames
 
-BURST_SECONDS = 2e-4
+BURST_SECONDS = 1e-3
 """A command that follows another this quickly waits for company before it is written."""
 BURST_COMMANDS = 64
 MOST_CODE_BYTES = 32 << 20

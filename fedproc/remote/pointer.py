@@ -243,9 +243,7 @@ class Pointer(metaclass=Kind):
             "object with pointer.copy(); save its value with pointer.fetch()."
         )
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        """Refuse; see ``copy``."""
-        self.__reduce_ex__(4)
+    __deepcopy__ = __reduce_ex__
 
     def __format__(self, specification: str) -> str:
         """The text of ``repr``; a value is formatted as ``{p.item():.2f}``."""
