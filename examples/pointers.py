@@ -169,17 +169,17 @@ try:
     bob.send(torch.ones(3)) + q
 except fp.PlacementError as error:  # two places: nothing is moved silently
     tell(error)
-# -> PlacementError: operator.__add__: <TensorPointer on alice (3,) float32> is on worker
-# -> 'alice', but <TensorPointer on bob (3,) float32> is on worker 'bob'. Nothing was moved.
-# -> Move it first: pointer.move(cluster['bob']).
+# -> PlacementError: +: <TensorPointer on alice (3,) float32> is on worker 'alice', but
+# -> <TensorPointer on bob (3,) float32> is on worker 'bob'. Nothing was moved. Move it first:
+# -> pointer.move(cluster['bob']).
 
 try:
     q + torch.ones(3)
 except fp.PlacementError as error:  # a local tensor is another place
     tell(error)
-# -> PlacementError: operator.__add__: <TensorPointer on alice (3,) float32> is on worker
-# -> 'alice', but a local tensor of shape (3,) is in this process. Nothing was moved. Send it
-# -> first: cluster['alice'].send(tensor); or bring the other home: pointer.get().
+# -> PlacementError: +: <TensorPointer on alice (3,) float32> is on worker 'alice', but a local
+# -> tensor of shape (3,) is in this process. Nothing was moved. Send it first:
+# -> cluster['alice'].send(tensor); or bring the other home: pointer.get().
 
 print(q.get())
 # -> tensor([1., 1., 1.])
