@@ -133,6 +133,8 @@ class Supervisor:
     def end(self, links: Sequence[Link]) -> None:
         """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""
         for link in links:
+            link.closing = True
+        for link in links:
             if link.end is None:
                 self.hub.look()
             if link.end is None and not link.pending():

@@ -173,13 +173,16 @@ class Hub:
     def _clean(self) -> None:
         again = False
         while not self._closing:
-            if self._bell.acquire(timeout=TAIL_SECONDS if again else TIDY_SECONDS):
+            rung = self._bell.acquire(timeout=TAIL_SECONDS if again else TIDY_SECONDS)
+            if rung:
                 time.sleep(TAIL_SECONDS)
+            idle = not (rung or again)
             again = False
             for link in self._links.values():
                 link.tidy()
-                link.look_after()
                 again |= not link.flush()
+                if idle:  # it asks the system; a burst has better things to do
+                    link.look_after()
 
     def close(self) -> None:
         """End the janitor."""

@@ -70,6 +70,7 @@ class Link:
         self.end: FedprocError | None = None
         self.lost_seen = True
         self.lockstep: float | None = 0.0
+        self.closing = False  # the cluster ends: a dead process is no news
         self._dead_looks = 0
 
     # ---- submitting
@@ -273,6 +274,9 @@ class Link:
 
     def lose(self, why: str) -> None:
         """The worker is gone: everything pending on it has failed."""
+        if self.closing:
+            self.close()
+            return
         inline = self.process.pid == self.owner
         with self.outbox.lock:
             if self.end is not None:
