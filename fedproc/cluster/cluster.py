@@ -72,7 +72,7 @@ class Cluster:
         each = threads or max(1, usable_cores() // len(names))
         placed = itertools.cycle(map(str, devices or ["cpu"]))
         self._specs = [
-            WorkerSpec(name, seed, each, memory_limit, device, transport == "inline")
+            WorkerSpec(name, seed, each, memory_limit, device)
             for name, device in zip(names, placed, strict=False)
         ]
         modules = (preload,) if isinstance(preload, str) else tuple(preload)

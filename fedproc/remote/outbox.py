@@ -47,9 +47,9 @@ class Borrow:
         self._outbox = outbox
 
     @property
-    def active(self) -> bool:
-        """Whether it has begun and not ended."""
-        return self._outbox is not None
+    def holds(self) -> bool:
+        """Whether commands that may write have to wait for its end."""
+        return self._outbox is not None and not self.writable
 
     def read_a_copy(self) -> None:
         """What is read does not change: writes need not wait, but the blocks are still in use."""
@@ -236,4 +236,4 @@ class Outbox:
 
 def _reads(reference: "weakref.ref[Borrow]") -> bool:
     borrow = reference()
-    return borrow is not None and borrow.active and not borrow.writable
+    return borrow is not None and borrow.holds

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproc.memory.arena import Block
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
@@ -91,6 +92,4 @@ def _mapped(link: Link, place: Place) -> torch.Tensor:
     if isinstance(place, bytes):  # an empty tensor has no memory to lend
         return torch.empty(0, dtype=torch.uint8)
     assert link.mapped is not None
-    from fedproc.memory.arena import Block
-
     return torch.from_numpy(link.mapped.borrow(Block(*place)))

@@ -21,7 +21,6 @@ class WorkerSpec(NamedTuple):
     threads: int
     memory_limit: int | None
     device: str
-    inline: bool
 
 
 class Process(Protocol):

@@ -21,6 +21,20 @@ def test_a_worker_imports_nothing_of_the_parents_side():
     assert "fedproc.worker.loop" in loaded
 
 
+def _output(code: str, **environment: str) -> str:
+    """What a new interpreter prints; it must not complain."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
 def test_workers_can_be_executed_instead_of_forked():
     code = (
         "import fedproc as fp, torch\n"
@@ -28,16 +42,7 @@ def test_workers_can_be_executed_instead_of_forked():
         "    p = c['bob'].send(torch.ones(3))\n"
         "    print((p + 1).get().tolist(), c['bob'].run(lambda: 5).get())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FEDPROC_START": "exec"},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=True,
-    )
-    assert done.stdout == "[2.0, 2.0, 2.0] 5\n"
-    assert done.stderr == ""
+    assert _output(code, FEDPROC_START="exec") == "[2.0, 2.0, 2.0] 5\n"
 
 
 def test_sync_raises_where_the_call_was_made():
@@ -49,12 +54,4 @@ def test_sync_raises_where_the_call_was_made():
         "    except ZeroDivisionError:\n"
         "        print('here')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FEDPROC_SYNC": "1"},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=True,
-    )
-    assert done.stdout == "here\n"
+    assert _output(code, FEDPROC_SYNC="1") == "here\n"
