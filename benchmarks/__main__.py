@@ -1,6 +1,7 @@
 """Runs the benchmarks, each in a process of its own; writes JSON and prints all tables at the end.
 
 python -m benchmarks [--quick] [--out FILE] [start] [overlap] [ops] [tensors]
+                     [exact] [mcmahan]
 """
 
 import argparse
@@ -16,7 +17,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors")
+NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -5,18 +5,16 @@ processes, how many of them, and after which round the run was saved, forgotten 
 on another number of workers than before.
 """
 
-import argparse
 import functools
 import hashlib
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import fedproc as fp
+from benchmarks.measure import Row, main, row, seconds_of
 
 FEATURES, CLASSES = 32, 10
 WORKERS = (1, 2, 3, 4, 8)
@@ -79,10 +77,8 @@ def resumed(after: int, clients: int, rounds: int) -> str:
     return digest(aggregator.model)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact")
-    parser.add_argument("--quick", action="store_true", help="small and few: shows that it runs")
-    quick = parser.parse_args().quick
+def benchmark(quick: bool) -> list[Row]:
+    """Plays all runs and prints the SHA-256 of each; ends the program if they differ."""
     clients, rounds = (6, 2) if quick else (30, 8)
     runs = {"inline": functools.partial(straight, 2, "inline", clients, rounds)}
     for workers in WORKERS[:2] if quick else WORKERS:
@@ -90,17 +86,17 @@ def main() -> None:
         runs[name] = functools.partial(straight, workers, "process", clients, rounds)
     for after in range(1, rounds):
         runs[f"resumed after {after}"] = functools.partial(resumed, after, clients, rounds)
-    print(f"{clients} clients, half of them in each of {rounds} rounds\n")
-    print(f"{'run':16s} {'seconds':>7s}  SHA-256 of the model")
-    digests = set()
+    print(f"{clients} clients, half of them in each of {rounds} rounds; SHA-256 of the model:\n")
+    rows, digests = [], []
     for name, run in runs.items():
-        started = time.perf_counter()
-        found = run()
-        digests.add(found)
-        print(f"{name:16s} {time.perf_counter() - started:7.2f}  {found}", flush=True)
-    print(f"\n{len(runs)} runs, {len(digests)} model{'s' if len(digests) > 1 else ''}")
-    sys.exit(len(digests) > 1)
+        rows.append(row(name, "s", [seconds_of(lambda run=run: digests.append(run()))]))
+        print(f"{name:16s} {digests[-1]}", flush=True)
+    distinct = len(set(digests))
+    print()
+    if distinct > 1:
+        raise SystemExit(f"{len(runs)} runs made {distinct} different models; there must be one")
+    return [*rows, row(f"different models among {len(runs)} runs", "models", [distinct])]
 
 
 if __name__ == "__main__":
-    main()
+    main("exact", benchmark)

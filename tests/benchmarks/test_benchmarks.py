@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[\d,]+(?:\.\d+)?"
 LINE = re.compile(rf"^(.+?) +({NUMBER}) +({NUMBER}) +({NUMBER})  (\S+) +(\d+)$", re.MULTILINE)
 UNITS = {"s", "ms", "us", "MiB", "GB/s", "x"}
+SHA256 = re.compile(r"\b[0-9a-f]{64}$", re.MULTILINE)
 
 
 def run(*arguments: str) -> str:
@@ -35,6 +36,20 @@ def test_prints_a_table_of_numbers(name, rows):
     assert all(found), lines
     assert {match[5] for match in found} <= UNITS
     assert all(float(match[2].replace(",", "")) >= 0 for match in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("name", "models", "rows"), [("exact", 1, 5), ("mcmahan", 2, 10)])
+def test_prints_the_digests_of_equal_models_and_writes_rows(name, models, rows, tmp_path):
+    written = tmp_path / "rows.json"
+    printed = run(f"benchmarks.{name}", "--quick", "--json", str(written))
+    digests = SHA256.findall(printed)
+    assert len(digests) > len(set(digests)) == models
+    found = json.loads(written.read_text(encoding="utf-8"))
+    assert len(found) == rows
+    assert len(LINE.findall(printed)) == rows
+    assert [line["median"] for line in found if line["unit"] == "models"] == [1] * models
 
 
 @pytest.mark.slow

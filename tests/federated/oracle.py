@@ -13,12 +13,18 @@ import torch
 from fedproc.client.seeding import derive_seed
 
 
-def sequential_fedavg(model, shards, loss, optimizer, *, rounds, seed=0, uniform=False, **epochs):
-    """Trains on ``shards`` (client -> (x, y)) one after the other; returns the last model."""
+def sequential_fedavg(
+    model, shards, loss, optimizer, *, rounds, seed=0, uniform=False, cohort=None, **epochs
+):
+    """Trains on ``shards`` (client -> (x, y)) one after the other; returns the last model.
+
+    ``cohort``: number of a round -> the clients that train in it; None: all of them.
+    """
     model = copy.deepcopy(model)
     for number in range(1, rounds + 1):
         total, weights = {}, 0.0
-        for client, (x, y) in shards.items():
+        for client in cohort(number) if cohort else shards:
+            x, y = shards[client]
             local = copy.deepcopy(model).train()
             train_client(local, x, y, loss, optimizer, (seed, number, client), **epochs)
             weight = 1.0 if uniform else float(len(x))
