@@ -18,6 +18,7 @@ from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast, Collector
 from fedproc.federated.fold import Fold, Received
 from fedproc.federated.history import RoundRecord, describe
+from fedproc.federated.master import advance, without_master
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Start:
         number: Number of the round, from 1.
         cohort: The clients that were drawn, in the order of all clients.
         block: The global model in flat form.
-        state: State of the strategy.
+        state: State of the strategy, and the master of half-precision parameters.
         kept: Client -> what it keeps between rounds.
     """
 
@@ -137,7 +138,7 @@ def play(
     """
     sizes = crew.data.sizes
     tasks = _tasks(start, sizes, rules.seed)
-    shared = rules.strategy.shared(start.state)
+    shared = rules.strategy.shared(without_master(start.state))
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
     broadcast = Broadcast(start.block, shared, start.kept)
     collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline)
@@ -221,12 +222,16 @@ def _apply(
     )
     x = layout.flat_trained(start.block)
     try:
-        new, state = rules.strategy.step(x, received, start.state)
+        new, state = rules.strategy.step(x, received, without_master(start.state))
     except QuorumError as error:
         message = f"round {start.number}: {error}{_causes(tally.failures)}"
         raise QuorumError(message, failures=tally.failures) from error
     kept = {client: update.state for client, update in tally.updates.items()}
-    return fold.write(new), rules.strategy.after(state, start.kept, kept, population)
+    state = rules.strategy.after(state, start.kept, kept, population)
+    if rules.strategy.keeps_master():
+        new, master = advance(layout, x, new, start.state)
+        state = {**state, **master}
+    return fold.write(new), state
 
 
 def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:

@@ -53,6 +53,15 @@ class Strategy(ABC):
         """Returns the state before the first round, for parameters like ``x``."""
         return {}
 
+    def keeps_master(self) -> bool:
+        """Whether float16 and bfloat16 parameters have a float32 master between rounds.
+
+        Say True if :meth:`step` adds to ``x`` what may be too small for half precision: then the
+        master moves by ``new - x``, and the model is the master, cast. A rule whose result is the
+        new place whatever ``x`` was, such as a mean, says False: its result is cast.
+        """
+        return False
+
     def mean_weight(self, weight: float, update: Update, first: Update) -> float:  # noqa: ARG002 - for subclasses
         """Returns the weight of an update in ``received.mean``; ``first`` was accepted first."""
         return weight

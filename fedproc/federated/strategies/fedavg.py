@@ -39,6 +39,10 @@ class FedAvg(Strategy):
         """Checks the rate."""
         require_positive("lr", self.lr)
 
+    def keeps_master(self) -> bool:
+        """Says yes for steps, no for the mean itself."""
+        return self.lr != 1
+
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Moves to the mean."""
         mean = mean_of(received)
@@ -65,6 +69,10 @@ class FedAvgM(Strategy):
     def initial(self, x: Tensor) -> State:
         """Starts at rest."""
         return {"v": torch.zeros_like(x)}
+
+    def keeps_master(self) -> bool:
+        """Says yes."""
+        return True
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Takes one step with momentum."""

@@ -54,6 +54,10 @@ class FedAdagrad(Strategy):
         """Starts with m = 0 and v = tau^2."""
         return _moments(x, self.tau)
 
+    def keeps_master(self) -> bool:
+        """Says yes."""
+        return True
+
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Takes one step."""
         d = mean_of(received) - x
@@ -86,6 +90,10 @@ class FedAdam(Strategy):
         """Starts with m = 0 and v = tau^2."""
         return _moments(x, self.tau)
 
+    def keeps_master(self) -> bool:
+        """Says yes."""
+        return True
+
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Takes one step."""
         d = mean_of(received) - x
@@ -117,6 +125,10 @@ class FedYogi(Strategy):
     def initial(self, x: Tensor) -> State:
         """Starts with m = 0 and v = tau^2."""
         return _moments(x, self.tau)
+
+    def keeps_master(self) -> bool:
+        """Says yes."""
+        return True
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Takes one step."""

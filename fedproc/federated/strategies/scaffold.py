@@ -62,6 +62,10 @@ class Scaffold(Strategy):
         """Sends c to every client."""
         return dict(state)
 
+    def keeps_master(self) -> bool:
+        """Says yes for steps, no for the mean itself."""
+        return self.lr != 1
+
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Moves to the uniform mean."""
         mean = mean_of(received)
