@@ -102,6 +102,7 @@ class ControlVariates:
     ) -> Correction | None:
         """Remembers x and c - c_i."""
         shift = shared["c"] - state["c_i"] if "c_i" in state else shared["c"]
+        shift = shift.to(parameters[0].device)  # what is kept and shared is on the CPU
         pieces = torch.split(shift, [parameter.numel() for parameter in parameters])
         shifts = [
             piece.view(parameter.shape).to(parameter)
@@ -134,7 +135,7 @@ class _Drift:
         assert progress.optimizer is not None
         distance = progress.steps * plain_sgd_rate(progress.optimizer)
         moved = (self.anchor - _flat(self.parameters)) / distance
-        return {"c_i": (moved - self.shift).to(_state_dtype(self.parameters))}
+        return {"c_i": (moved - self.shift).to("cpu", _state_dtype(self.parameters))}
 
 
 def plain_sgd_rate(optimizer: torch.optim.Optimizer) -> float:

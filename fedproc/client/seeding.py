@@ -8,7 +8,7 @@ a process worker runs one command at a time, and inline workers take turns.
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,9 @@ def seed_streams(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     accelerator = _accelerator(device)
     if accelerator is not None:
-        accelerator.manual_seed(seed)
+        # manual_seed means the current device, which need not be this worker's
+        with getattr(accelerator, "device", nullcontext)(device):
+            accelerator.manual_seed(seed)
 
 
 def _accelerator(device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproc.client.devices import at_home, placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
 from fedproc.client.rules import step_norm
@@ -68,6 +69,7 @@ class Trainer:
         self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
         self._spans = dict(spans or {})
         custom = not isinstance(work.local, LocalTraining)
+        placed_loss(self._loss(), self._device)
         self._resident = Resident(model.to(self._device), custom=custom)
         self._footprint = Footprint(trail)
         self._failed: dict[str, BaseException] = {}
@@ -188,9 +190,10 @@ class Trainer:
         """
         x, y = (part.to(self._device) for part in rows)
         size, outputs = chunks
+        loss = placed_loss(loss, self._device) or self._loss()
         seed = derive_seed("evaluation")
         with preserved_streams(self._device), self._loaded(block, seed) as model:
-            return evaluate_chunks(model, (x, y), loss or self._loss(), size, outputs=outputs)
+            return evaluate_chunks(model, (x, y), loss, size, outputs=outputs)
 
     def evaluate_clients(
         self, block: Tensor, clients: Sequence[str], chunk_rows: int
@@ -266,7 +269,7 @@ class Trainer:
             rows=0,
             loss_sum=0.0,
             metrics=metrics,
-            state=context.state,
+            state=context.state if self._device.type == "cpu" else at_home(context.state),
         )
 
     @contextmanager

@@ -76,7 +76,8 @@ class TrainContext:
         round: Number of the round, from 1.
         generator: CPU generator seeded from (seed, round, client); the global streams of Python,
             NumPy and torch are seeded too.
-        state: Kept for this client from one accepted update to the next.
+        state: Kept for this client from one accepted update to the next; its tensors are on the
+            CPU at the start of a round, wherever the client trains.
     """
 
     client: str

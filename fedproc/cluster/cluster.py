@@ -1,13 +1,13 @@
 """Cluster: worker processes by name. Runs in the parent; the class that users start with."""
 
 import atexit
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fedproc.cluster.placing import dealt
 from fedproc.cluster.supervision import Supervisor, make_transport, usable_cores
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
 from fedproc.remote import reading
@@ -33,7 +33,7 @@ class Cluster:
         preload: names of modules to import before the workers start.
         restart: replace a dead worker by an empty one of the same name.
         transport: ``"process"``, or ``"inline"``: threads of this process, for debugging.
-        devices: torch devices dealt to the workers in turn; None: the CPU.
+        devices: torch devices dealt to the workers in turn, several may share one; None: the CPU.
         min_rows: rows an evaluation on private data must cover for its means to leave a worker.
         start_timeout: seconds that starting may take.
 
@@ -70,10 +70,9 @@ class Cluster:
         self._closed = False
         self._lock = threading.RLock()
         each = threads or max(1, usable_cores() // len(names))
-        placed = itertools.cycle(map(str, devices or ["cpu"]))
         self._specs = [
             WorkerSpec(name, seed, each, memory_limit, device)
-            for name, device in zip(names, placed, strict=False)
+            for name, device in zip(names, dealt(devices), strict=False)
         ]
         modules = (preload,) if isinstance(preload, str) else tuple(preload)
         made = make_transport(transport, modules, start_timeout)

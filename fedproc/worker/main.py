@@ -81,18 +81,36 @@ def _open(
     spec: WorkerSpec, channel: Channel, side: socket.socket, arena_fd: int, arena_size: int
 ) -> Host | None:
     """The host with the parent's arena mapped; the parent has been told either way."""
+    host = None
     try:
+        _require_device(spec.device)
         host = Host(spec, channel, side)
         host.map(PARENT, arena_fd, arena_size)
-        os.close(arena_fd)
-        torch.empty(0, device=spec.device)
         socket.send_fds(side, [b"a"], [host.arena.fd])
         host.reply(Ready(os.getpid(), host.arena.size_bytes), 0)
     except Exception as error:  # noqa: BLE001 - answers the request to start
         _reply_failed(channel, error)
+        # a thread of the parent must let go itself; what was written can still be read
+        for opened in (side, channel) if host is None else (host,):
+            opened.close()
         return None
+    finally:
+        os.close(arena_fd)
     channel.flush()
     return host
+
+
+def _require_device(name: str) -> None:
+    """Raises ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:
+        # torch lists all its backends below the first line
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {name!r} cannot be used here: {why}. Cluster(devices=[...]) takes what torch "
+            "knows and this machine has, such as 'cpu' or 'cuda:0'"
+        ) from error
 
 
 def _reply_failed(channel: Channel, error: Exception) -> None:
