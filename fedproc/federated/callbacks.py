@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fedproc.client.ranges import require_at_least
-from fedproc.federated.history import _csv_row
+from fedproc.federated.history import csv_row
 
 if TYPE_CHECKING:
     from fedproc.federated.aggregator import Aggregator
@@ -44,7 +44,7 @@ class CSVLogger:
 
     def __call__(self, aggregator: Aggregator, record: RoundRecord) -> None:
         """Writes the line of a round."""
-        row = _csv_row(record)
+        row = csv_row(record)
         if not row.keys() <= set(self._columns):
             aggregator.history.to_csv(self.path)
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -164,8 +164,8 @@ def _summary_writer(directory: str | os.PathLike[str]) -> ScalarWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoard(directory) needs tensorboard: pip install tensorboard, or pass an "
-            "object with add_scalar(tag, value, step)"
+            "TensorBoard(directory) needs tensorboard: pip install 'fedproc[tensorboard]', or "
+            "pass an object with add_scalar(tag, value, step)"
         ) from error
     writer: ScalarWriter = SummaryWriter(os.fspath(directory))
     return writer

@@ -158,7 +158,7 @@ class History(Sequence[RoundRecord]):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per round; metrics have columns of their own."""
-        rows = [_csv_row(record) for record in self._records]
+        rows = [csv_row(record) for record in self._records]
         columns = dict.fromkeys(key for row in [_CSV_COLUMNS, *rows] for key in row)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(columns))
@@ -169,7 +169,7 @@ class History(Sequence[RoundRecord]):
         """Draws loss and accuracy over the rounds into a picture file.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib is not installed (the extra ``fedproc[plot]``).
         """
         from fedproc.federated.plotting import plot_history
 
@@ -193,7 +193,8 @@ _CSV_COLUMNS = dict.fromkeys(
 )
 
 
-def _csv_row(record: RoundRecord) -> dict[str, Any]:
+def csv_row(record: RoundRecord) -> dict[str, Any]:
+    """Returns what a line of the CSV file says of a round, by column."""
     evaluation = record.evaluation
     return {
         "round": record.round,

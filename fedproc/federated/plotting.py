@@ -1,12 +1,15 @@
-"""Pictures of a history. Runs in the parent; the only module that imports matplotlib."""
+"""Pictures, such as that of a history. Runs in the parent; needs matplotlib, as no other does."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise ImportError("a plot needs matplotlib: pip install 'fedproc[plot]'") from error
 
 if TYPE_CHECKING:
     import os
@@ -16,6 +19,13 @@ if TYPE_CHECKING:
     from fedproc.federated.history import History
 
 _LOSS, _ACCURACY = "tab:blue", "tab:orange"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Makes a figure of a size in inches, without pyplot: that keeps figures and opens windows."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_history(history: History, path: str | os.PathLike[str]) -> None:
@@ -30,9 +40,7 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> None:
     """
     if not len(history):
         raise ValueError("there are no rounds to plot")
-    # no pyplot: it would open windows and keep figures in global state
-    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.0, 4.0)
     left = figure.add_subplot()
     _line(left, [(r.round, r.loss) for r in history], "training loss", _LOSS, "-")
     evaluated = [(r.round, r.evaluation) for r in history if r.evaluation is not None]

@@ -6,11 +6,14 @@ Runs in the parent, and in workers for the results of factories.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# What the column of targets is called, of two; the other one is the inputs.
+_TARGET_NAMES: Final = frozenset({"label", "labels", "target", "targets", "y"})
 
 
 @runtime_checkable
@@ -21,7 +24,7 @@ class MapDataset(Protocol):
         """Returns the number of rows."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """Returns a pair (x, y), or a mapping of two values in that order."""
+        """Returns a pair (x, y), or a mapping of two, one of them called "label" or "target"."""
 
 
 def as_rows(data: object) -> tuple[Tensor, Tensor]:
@@ -80,13 +83,22 @@ def _stacked(dataset: MapDataset) -> tuple[Tensor, Tensor]:
 
 
 def _pair(row: object, index: int) -> Sequence[Any]:
-    values = list(row.values()) if isinstance(row, Mapping) else row
+    values = _named_pair(row) if isinstance(row, Mapping) else row
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise ValueError(
             f"row {index} of the dataset is not a pair (x, y) but a {type(row).__name__}; choose "
             "two columns with fedproc.columns(dataset, inputs, targets)"
         )
     return values
+
+
+def _named_pair(row: Mapping[Any, Any]) -> Sequence[Any]:
+    """Takes two columns by name: their order in a row is an accident. Anything else is no pair."""
+    targets = [name for name in row if name in _TARGET_NAMES]
+    if len(row) != 2 or len(targets) != 1:
+        return ()
+    (inputs,) = row.keys() - targets
+    return row[inputs], row[targets[0]]
 
 
 def _stack(values: Sequence[Any]) -> Tensor:

@@ -108,18 +108,11 @@ class Summary(Sequence[ClientSummary]):
         """Draws the rows of every client, in the colours of their labels, into a picture file.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib is not installed (the extra ``fedproc[plot]``).
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "a plot needs matplotlib: pip install matplotlib, or fedproc[examples]"
-            ) from error
-        # no pyplot: it would open windows and keep figures in global state
-        figure = Figure(figsize=(8.0, min(12.0, 1.5 + 0.3 * len(self))), layout="constrained")
-        FigureCanvasAgg(figure)
+        from fedproc.federated.plotting import new_figure
+
+        figure = new_figure(8.0, min(12.0, 1.5 + 0.3 * len(self)))
         self.draw(figure.add_subplot())
         figure.savefig(path, dpi=120)
 

@@ -69,10 +69,10 @@ class Timeline:
             title: Name of the whole.
         """
         ended = time.perf_counter()
-        events = [_named("process_name", 0, title)]
+        events = [_metadata("process_name", 0, name=title)]
         for row, (name, spans) in enumerate(self._rows.items()):
-            events.append(_named("thread_name", row, name))
-            events.append({**_named("thread_sort_index", row, ""), "args": {"sort_index": row}})
+            events.append(_metadata("thread_name", row, name=name))
+            events.append(_metadata("thread_sort_index", row, sort_index=row))
             events.extend(self._event(row, span) for span in self._filled(spans, ended))
         trace = {"traceEvents": events, "displayTimeUnit": "ms"}
         Path(path).write_text(json.dumps(trace) + "\n", encoding="utf-8")
@@ -90,17 +90,19 @@ class Timeline:
         return filled
 
     def _event(self, row: int, span: _Span) -> dict[str, Any]:
+        # whole nanoseconds: rounding must not let neighbours overlap, viewers drop such spans
+        began, ended = (round((at - self._began) * 1e9) for at in (span.began, span.ended))
         return {
             "ph": "X",
             "name": span.name,
             "cat": span.kind,
             "pid": 0,
             "tid": row,
-            "ts": (span.began - self._began) * 1e6,
-            "dur": (span.ended - span.began) * 1e6,
+            "ts": began / 1000,
+            "dur": (ended - began) / 1000,
             "args": span.facts,
         }
 
 
-def _named(what: str, row: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "name": what, "pid": 0, "tid": row, "args": {"name": name}}
+def _metadata(what: str, row: int, **facts: Any) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": 0, "tid": row, "args": facts}

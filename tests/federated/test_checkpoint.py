@@ -248,26 +248,70 @@ def test_tensors_and_arrays_come_back_exactly(tmp_path, value):
     assert getattr(found, "requires_grad", None) == getattr(value, "requires_grad", None)
 
 
+# Writes a file, then forks writers that are killed at their first, second, third ... line, and
+# tells what each left. sys.argv: the file, and what to replace by what in the code of the module.
 KILLED = """
 import os, pathlib, signal, sys, torch
 from fedproc.federated import tensorfile
-tensorfile.write(sys.argv[1], {"n": 1}, {"t": torch.arange(5)})
-real = tensorfile.os.fsync
-def killed(descriptor):
-    os.kill(os.getpid(), signal.SIGKILL)
-tensorfile.os.fsync = killed
-tensorfile.write(sys.argv[1], {"n": 2}, {"t": torch.arange(9)})
+path, old, new = sys.argv[1:]
+source = pathlib.Path(tensorfile.__file__).read_text()
+assert old in source
+module = dict(vars(tensorfile))
+exec(compile(source.replace(old, new), "altered", "exec"), module)
+def kill_at(line):
+    seen = iter(range(line))
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename == "altered" and next(seen, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    sys.settrace(trace)
+def left():
+    try:
+        document, tensors = tensorfile.read(path)
+        return {(1, 5): "old", (2, 90_000): "new"}[document["n"], len(tensors["t"])]
+    except Exception as error:
+        return type(error).__name__
+for line in range(200):
+    tensorfile.write(path, {"n": 1}, {"t": torch.arange(5)})
+    child = os.fork()
+    if not child:
+        kill_at(line)
+        module["write"](path, {"n": 2}, {"t": torch.arange(90_000)})
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), left(), flush=True)
+    if status == 0:
+        break
 """
+IN_PLACE = 'target.with_name(f".{target.name}.partial")'
+
+
+def killed_writes(path, old, new):
+    """What writers left that were killed at every line, the last one not: [(exit code, left)]."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), old, new],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert {code for code, _ in found[:-1]} == {str(-signal.SIGKILL)}
+    assert found[-1] == ["0", "new"] or old == IN_PLACE
+    return [left for _, left in found[:-1]]
 
 
 @pytest.mark.faults
-def test_kill_in_the_middle_of_a_write_leaves_the_older_file(tmp_path):
-    path = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=50)
-    assert done.returncode == -signal.SIGKILL
-    document, tensors = tensorfile.read(path)
-    assert document == {"n": 1}
-    assert tensors["t"].tolist() == [0, 1, 2, 3, 4]
-    tensorfile.write(path, {"n": 3}, {})
-    assert tensorfile.read(path)[0] == {"n": 3}
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_kill_anywhere_in_a_write_leaves_the_older_file_or_the_new_one(tmp_path):
+    left = killed_writes(tmp_path / "run", "partial", "partial")
+    switch = left.index("new")
+    assert switch > 20  # killed while the header, the tensor and the sync were on their way
+    assert left == ["old"] * switch + ["new"] * (len(left) - switch)
+    tensorfile.write(tmp_path / "run", {"n": 3}, {})
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+@pytest.mark.faults
+def test_the_kills_would_find_a_write_in_place(tmp_path):
+    left = killed_writes(tmp_path / "run", IN_PLACE, "target")
+    assert "CheckpointError" in left

@@ -197,9 +197,20 @@ def test_columns_makes_tensors_of_images(inline):
 # ---------------------------------------------------------------- Hugging Face
 
 
-def test_rows_of_two_columns_in_their_order(inline):
-    x, y = together(federate(hub(), inline, partition=in_order))
+@pytest.mark.parametrize("target", ["label", "labels", "target", "targets", "y"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_of_two_columns_by_name_whatever_their_order(inline, target, turned):
+    images = hub()["image"]
+    both = {target: LABELS, "image": images} if turned else {"image": images, target: LABELS}
+    x, y = together(federate(Hub(both), inline, partition=in_order))
     assert (x.dtype, x.shape, y.tolist()) == (torch.uint8, (10, 2, 3), LABELS)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("label", "target")])
+def test_two_columns_whose_meaning_is_not_said_are_refused(inline, names):
+    dataset = Hub(dict.fromkeys(names, LABELS))
+    with pytest.raises(ValueError, match=r"not a pair.*fedproc\.columns"):
+        federate(dataset, inline)
 
 
 @pytest.mark.parametrize("form", ["torch", "numpy"])

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import sys
 
 import pytest
 
@@ -79,6 +80,13 @@ def test_plot(tmp_path, fonts):
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rounds"):
         History().plot(tmp_path / "none.png")
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "fedproc.federated.plotting", raising=False)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'fedproc\[plot\]'"):
+        History([record(1)]).plot(tmp_path / "h.png")
 
 
 def test_records_are_frozen():

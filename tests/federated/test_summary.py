@@ -154,6 +154,7 @@ def test_the_picture(cluster, tmp_path, clients):
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "fedproc.federated.plotting", raising=False)
     summary = Summary((ClientSummary("a", "w", 1, None),))
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'fedproc\[plot\]'"):
         summary.plot(tmp_path / "who.png")

@@ -60,6 +60,46 @@ def test_every_row_is_filled_without_overlaps(tmp_path):
         assert all(span["dur"] >= 0 for span in spans)
 
 
+METADATA = {"process_name": "name", "thread_name": "name", "thread_sort_index": "sort_index"}
+
+
+def test_the_trace_keeps_the_rules_of_the_format(tmp_path):
+    """Trace Event Format: what chrome://tracing and Perfetto need to show an event at all."""
+    path = tmp_path / "trace.json"
+    with Cluster(2) as cluster:
+        aggregator = Aggregator(linear(), FederatedDataset(shards([5] * 6), cluster), LOCAL)
+        aggregator.profile(path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    trace = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert trace.keys() == {"traceEvents", "displayTimeUnit"}
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    named, spans = set(), {}
+    for event in trace["traceEvents"]:
+        assert {type(event["pid"]), type(event["tid"])} == {int}
+        assert type(event["name"]) is str
+        assert event["name"]
+        if event["ph"] == "M":
+            value = event["args"][METADATA[event["name"]]]
+            assert type(value) is (int if event["name"] == "thread_sort_index" else str)
+            named.add((event["name"], event["pid"], event["tid"]))
+        else:
+            assert event["ph"] == "X"  # a complete event: begin and length in microseconds
+            assert type(event["cat"]) is str
+            assert isinstance(event["args"], dict)
+            assert event["ts"] >= 0 <= event["dur"]
+            row = spans.setdefault((event["pid"], event["tid"]), [])
+            row.append((round(event["ts"] * 1000), round(event["dur"] * 1000)))
+    for pid, tid in spans:
+        assert {("process_name", pid, 0), ("thread_name", pid, tid)} <= named
+    for row in spans.values():
+        # Perfetto counts in whole nanoseconds, and drops what overlaps without being nested
+        for (began, lasted), (after, _) in itertools.pairwise(sorted(row)):
+            assert began + lasted <= after
+
+
 def test_failures_are_in_the_trace_and_a_failed_round_writes_none(tmp_path):
     def train(model, x, y, ctx):
         if ctx.client == "b" or ctx.round == 2:
