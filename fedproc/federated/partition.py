@@ -234,7 +234,9 @@ def _flat_labels(labels: Labels) -> Labels:
 def _require_rows(rows: int, clients: int, min_size: int = 1) -> None:
     if clients * min_size > rows:
         raise ValueError(
-            f"{clients} clients of at least {min_size} rows need more than {rows} rows"
+            f"{clients} clients of at least {min_size} row(s) need more than the {rows} rows there "
+            "are: take fewer clients, or a partition that may leave some empty, such as "
+            "Dirichlet(alpha, min_size=0)"
         )
 
 

@@ -146,7 +146,7 @@ def test_a_directory_makes_a_summary_writer(monkeypatch, tmp_path):
 
 def test_a_directory_without_tensorboard_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"pip install tensorboard, or pass an object"):
+    with pytest.raises(ImportError, match=r"'fedproc\[tensorboard\]', or pass an object"):
         TensorBoard(tmp_path)
 
 
