@@ -178,7 +178,14 @@ def mappings() -> Iterator[Holding]:
 
 
 def shared_files() -> Iterator[Holding]:
-    return (("shared memory", str(path)) for path in list_or_empty("/dev/shm"))
+    """Files in /dev/shm, which all runs on the machine share.
+
+    The test of this check leaves one there on purpose, named by its process. Whatever test of
+    another run was at work just then was blamed for it.
+    """
+    planted = re.compile(rf"fedproc-left-(?!{os.getpid()}$)")
+    files = (path for path in list_or_empty("/dev/shm") if not planted.match(path.name))
+    return (("shared memory", str(path)) for path in files)
 
 
 def list_or_empty(folder: str) -> list[Path]:
