@@ -10,7 +10,7 @@ import heapq
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fedproc.client.work import Span
 from fedproc.federated.rows import as_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from fedproc.remote.worker import Worker
 
 Factory = Callable[[], Any]
+
+# Small beside the rows of many clients, large beside what a message costs.
+_BLOCK_BYTES: Final = 8 << 20
+_ON_THE_WAY: Final = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +51,12 @@ class RowsSource:
             return self.x, self.y
         index = torch.from_numpy(self.indices)
         return self.x.index_select(0, index), self.y.index_select(0, index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        row = sum(part[:1].numel() * part.element_size() for part in (self.x, self.y))
+        return len(self) * row
 
     def signature(self) -> tuple[object, ...]:
         """Returns what rows must share to lie in one block."""
@@ -95,7 +105,16 @@ class Holding:
 
 
 def hold(worker: Worker, sources: Mapping[str, Source], *, private: bool) -> list[Block]:
-    """Puts the rows of clients on a worker: one block where they fit together."""
+    """Puts the rows of clients on a worker, in blocks of clients whose rows fit together.
+
+    Of what this takes here, beside the sources themselves, at most a few blocks exist at a time,
+    however many clients there are. A client with more rows than a block has one of its own.
+
+    Raises:
+        ArenaFullError: The worker has no room for them.
+        RemoteError: A factory failed.
+        WorkerLostError: The worker has ended.
+    """
     groups: dict[tuple[object, ...], dict[str, RowsSource]] = {}
     born = {}
     for client, source in sources.items():
@@ -104,7 +123,7 @@ def hold(worker: Worker, sources: Mapping[str, Source], *, private: bool) -> lis
         else:
             # all factories start before the first one is waited for
             born[client] = worker.run(born_rows, source.make, private=private)
-    blocks = [_send_block(worker, group, private=private) for group in groups.values()]
+    blocks = _send_blocks(worker, groups.values(), private=private)
     for client, pair in born.items():
         rows = worker.run(_length, pair)
         x, y = (worker.run(operator.getitem, pair, side) for side in (0, 1))
@@ -112,15 +131,48 @@ def hold(worker: Worker, sources: Mapping[str, Source], *, private: bool) -> lis
     return blocks
 
 
-def _send_block(worker: Worker, group: Mapping[str, RowsSource], *, private: bool) -> Block:
-    pieces = [source.rows() for source in group.values()]
-    x = torch.cat([piece[0] for piece in pieces])
-    y = torch.cat([piece[1] for piece in pieces])
-    spans, end = {}, 0
+def _send_blocks(
+    worker: Worker, groups: Iterable[Mapping[str, RowsSource]], *, private: bool
+) -> list[Block]:
+    """Sends one block after the other, so that what lies ready for the worker is bounded."""
+    blocks: list[Block] = []
+    for group in groups:
+        for part in _parts(group):
+            if len(blocks) >= _ON_THE_WAY:  # the worker copies one while the next one is made
+                blocks[-_ON_THE_WAY].y.wait()
+            blocks.append(_send_block(worker, part, private=private))
+    for block in blocks[-_ON_THE_WAY:]:
+        block.y.wait()
+    return blocks
+
+
+def _parts(group: Mapping[str, RowsSource]) -> Iterator[dict[str, RowsSource]]:
+    """Cuts a group into clients whose rows together fill one block."""
+    part, nbytes = dict[str, RowsSource](), 0
     for client, source in group.items():
+        if part and nbytes + source.nbytes > _BLOCK_BYTES:
+            yield part
+            part, nbytes = {}, 0
+        part[client] = source
+        nbytes += source.nbytes
+    yield part
+
+
+def _send_block(worker: Worker, part: Mapping[str, RowsSource], *, private: bool) -> Block:
+    pieces = [source.rows() for source in part.values()]
+    x, y = (_joined(sides) for sides in zip(*pieces, strict=True))
+    spans, end = {}, 0
+    for client, source in part.items():
         spans[client] = (end, end + len(source))
         end += len(source)
     return Block(worker.send(x, private=private), worker.send(y, private=private), spans)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    # no copy of a single one: a client may have as many rows as all others together
+    if len(pieces) == 1 and pieces[0].is_contiguous():
+        return pieces[0]
+    return torch.cat(list(pieces))
 
 
 def born_rows(make: Factory) -> tuple[Tensor, Tensor]:
