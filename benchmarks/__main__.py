@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan")
+NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan", "clients")
 RESULTS = Path(__file__).parent / "results"
 
 

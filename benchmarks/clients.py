@@ -1,93 +1,76 @@
-"""Many clients on two workers: time, memory of every process, and bytes that went where.
+"""Many clients on two workers: time and memory of one client more, in every process.
 
-Logistic regression of 7,850 parameters. 1,000 clients of which ten train in each of 100 rounds;
-10,000 clients that all train in one round; and what a client costs whose training does nothing.
+Logistic regression of 7,850 parameters; every client has 10 rows. 1,000 and 10,000 clients that
+all train in one round, 1,000 of which 10 train in each of 100 rounds; what a client costs that does
+nothing, and what the same training costs in a plain loop. Every case has processes of its own, and
+a peak is what the kernel counted over the whole life of a process, so it includes how the rows came
+to the workers. What is data is subtracted: all rows from the parent's peak, for they are the
+user's, and the half that a worker holds from the worker's.
 """
 
 import functools
-import threading
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 import fedproc as fp
-from benchmarks.measure import Row, main, row, seconds_of
+from benchmarks.measure import ROOT, Row, main, row, seconds_of
 
-FEATURES, CLASSES, ROWS = 784, 10, 10
+FEATURES, CLASSES, ROWS, WORKERS = 784, 10, 10, 2
 MIB, MICROSECONDS = 2**20, 1e6
-SAMPLE_SECONDS = 0.02
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+LOCAL = fp.LocalTraining(nn.CrossEntropyLoss(), SGD, batch_size=ROWS)
 
 
-@dataclass
-class Peaks:
-    """The largest resident memory seen, in bytes: of this process, of one worker, shared."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    """So many clients, of which some train in each round."""
 
-    parent: int = 0
-    worker: int = 0
-    shared: int = 0
+    clients: int
+    each_round: int
+    rounds: int
 
-    def look(self, cluster: fp.Cluster) -> None:
-        self.parent = max(self.parent, psutil.Process().memory_info().rss)
-        for worker in cluster:
-            memory = psutil.Process(worker.pid).memory_info()
-            self.worker = max(self.worker, memory.rss)
-            self.shared = max(self.shared, memory.shared)
+    @property
+    def name(self) -> str:
+        return f"{self.clients:,} clients, {self.each_round:,} a round, {self.rounds} round(s)"
 
 
-@contextmanager
-def watched(cluster: fp.Cluster) -> Iterator[Peaks]:
-    """Looks at the memory of all processes until the block ends."""
-    peaks, over = Peaks(), threading.Event()
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of a client; peaks of memory without the data, and shared memory, in bytes."""
 
-    def watch() -> None:
-        while not over.wait(SAMPLE_SECONDS):
-            peaks.look(cluster)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peaks
-    finally:
-        over.set()
-        watcher.join()
-        peaks.look(cluster)
+    wall: float
+    parent_cpu: float
+    workers_cpu: float
+    parent_peak: int
+    worker_peak: int
+    data: int
+    shared: int
+    messages: int
 
 
-def rows_of(clients: int):
+def rows_of(clients: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS * clients, FEATURES, generator=generator)
     return x, torch.randint(CLASSES, (len(x),), generator=generator)
 
 
-def measure(clients: int, each_round: int, rounds: int) -> list[Row]:
-    """Trains; the clients are put on the workers before the clock starts."""
-    sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    local = fp.LocalTraining(nn.CrossEntropyLoss(), sgd, batch_size=ROWS)
-    with fp.Cluster(2) as cluster:
-        data = fp.federate(rows_of(clients), cluster, clients=clients)
-        model = nn.Linear(FEATURES, CLASSES)
-        aggregator = fp.Aggregator(model, data, local, clients_per_round=each_round)
-        with watched(cluster) as peaks:
-            seconds = seconds_of(lambda: aggregator.run(rounds, progress=False))
-        messages = [float(record.message_bytes or 0) for record in aggregator.history]
-        arenas = sum(worker.stats().arena_bytes for worker in cluster)
-        moved = float(sum(record.bytes_moved for record in aggregator.history))
-    trained = each_round * rounds
-    return [
-        row(f"{clients:,} clients, {each_round:,} a round, {rounds} round(s)", "s", [seconds]),
-        row("  a client", "us", [seconds / trained], scale=MICROSECONDS),
-        row("  peak RSS of the parent", "MiB", [peaks.parent], scale=1 / MIB),
-        row("  peak RSS of a worker", "MiB", [peaks.worker], scale=1 / MIB),
-        row("    of that, shared pages", "MiB", [peaks.shared], scale=1 / MIB),
-        row("  in the workers' shared memory at the end", "MiB", [arenas], scale=1 / MIB),
-        row("  through the pipes, all rounds", "MiB", [sum(messages)], scale=1 / MIB),
-        row("  if clients were remote (bytes_moved)", "MiB", [moved], scale=1 / MIB),
-    ]
+def peak_bytes(pid: int | str) -> int:
+    """The most resident memory a process ever had."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    found = next(line for line in lines if line.startswith("VmHWM:"))
+    return int(found.split()[1]) << 10
+
+
+def cpu_seconds(cluster: fp.Cluster) -> float:
+    return sum(worker.stats().cpu_s for worker in cluster)
 
 
 def nothing(*_: object) -> dict[str, float]:
@@ -95,33 +78,121 @@ def nothing(*_: object) -> dict[str, float]:
     return {}
 
 
-def cpu_seconds(cluster: fp.Cluster) -> float:
-    return sum(worker.stats().cpu_s for worker in cluster)
+def measure(case: Case, local: Any) -> Cost:
+    """Plays one round, which makes the trainers, then those that count."""
+    with fp.Cluster(WORKERS) as cluster:
+        rows = rows_of(case.clients)
+        data = fp.federate(rows, cluster, clients=case.clients)
+        model = nn.Linear(FEATURES, CLASSES)
+        aggregator = fp.Aggregator(model, data, local, clients_per_round=case.each_round)
+        aggregator.run(1, progress=False)
+        mine, theirs = time.process_time(), cpu_seconds(cluster)
+        wall = seconds_of(lambda: aggregator.run(case.rounds, progress=False))
+        mine, theirs = time.process_time() - mine, cpu_seconds(cluster) - theirs
+        trained = case.each_round * case.rounds
+        nbytes = sum(part.numel() * part.element_size() for part in rows)
+        return Cost(
+            wall=wall / trained,
+            parent_cpu=mine / trained,
+            workers_cpu=theirs / trained,
+            parent_peak=peak_bytes("self") - nbytes,
+            worker_peak=max(peak_bytes(worker.pid) for worker in cluster) - nbytes // WORKERS,
+            data=nbytes,
+            shared=sum(worker.stats().arena_bytes for worker in cluster) - nbytes,
+            messages=sum(record.message_bytes or 0 for record in list(aggregator.history)[1:]),
+        )
 
 
-def overhead(clients: int, runs: int) -> list[Row]:
-    """Seconds and CPU seconds of a client that does nothing, in all processes."""
-    wall, parent, workers = [], [], []
-    with fp.Cluster(2) as cluster:
-        data = fp.federate(rows_of(clients), cluster, clients=clients)
-        aggregator = fp.Aggregator(nn.Linear(FEATURES, CLASSES), data, nothing)
-        aggregator.run(1, progress=False)  # learns how quick they are
-        for _ in range(runs):
-            mine, theirs = time.process_time(), cpu_seconds(cluster)
-            wall.append(seconds_of(lambda: aggregator.run(1, progress=False)) / clients)
-            parent.append((time.process_time() - mine) / clients)
-            workers.append((cpu_seconds(cluster) - theirs) / clients)
+def plain(clients: int) -> float:
+    """Seconds of a client in a loop without fedproc: the model is loaded, trained and added up."""
+    torch.set_num_threads(1)
+    x, y = rows_of(clients)
+    model, total = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES).double()
+    parameters = list(model.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def loop() -> None:
+        for first in range(0, len(x), ROWS):
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+            optimizer = SGD(parameters)
+            order = torch.randperm(ROWS) + first
+            loss = LOCAL.loss(model(x[order]), y[order])
+            optimizer.zero_grad()
+            loss.item()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for mean, parameter in zip(total.parameters(), parameters, strict=True):
+                    mean.add_(parameter.double().mul_(ROWS))
+
+    loop()
+    return seconds_of(loop) / clients
+
+
+def tell(case: Case, local: Any) -> None:
+    """Prints what a case costs, for the process that asked."""
+    print(json.dumps(asdict(measure(case, local))))
+
+
+def apart(case: Case, local: str) -> Cost:
+    """Measures a case in a new process."""
+    code = f"from benchmarks import clients as c; c.tell(c.Case(*{astuple(case)}), c.{local})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
+    )
+    return Cost(**json.loads(done.stdout))
+
+
+def told(case: Case, cost: Cost) -> list[Row]:
     return [
-        row("a client that does nothing", "us", wall, scale=MICROSECONDS),
-        row("  CPU time of the parent", "us", parent, scale=MICROSECONDS),
-        row("  CPU time of the workers", "us", workers, scale=MICROSECONDS),
+        row(case.name, "us", [cost.wall], scale=MICROSECONDS),
+        row("  CPU time of the parent, a client", "us", [cost.parent_cpu], scale=MICROSECONDS),
+        row("  CPU time of the workers, a client", "us", [cost.workers_cpu], scale=MICROSECONDS),
+        row("  peak of the parent, without the rows", "MiB", [cost.parent_peak], scale=1 / MIB),
+        row("  peak of a worker, without its rows", "MiB", [cost.worker_peak], scale=1 / MIB),
+        row("  the rows", "MiB", [cost.data], scale=1 / MIB),
+        row("  shared memory after it, without the rows", "MiB", [cost.shared], scale=1 / MIB),
+        row("  through the pipes", "MiB", [cost.messages], scale=1 / MIB),
+    ]
+
+
+def compared(many: Case, few: Case, found: dict[Case, Cost]) -> list[Row]:
+    more, less = found[many], found[few]
+    names = {
+        "time of a client": "wall",
+        "CPU time of the parent, a client": "parent_cpu",
+        "CPU time of the workers, a client": "workers_cpu",
+        "peak of the parent, without the rows": "parent_peak",
+        "peak of a worker, without its rows": "worker_peak",
+    }
+    between = f"{many.each_round:,} : {few.each_round:,} in a round"
+    return [
+        row(f"{between}: {what}", "x", [getattr(more, name) / getattr(less, name)])
+        for what, name in names.items()
+    ]
+
+
+def empty(case: Case) -> list[Row]:
+    cost = apart(case, "nothing")
+    return [
+        row(f"nothing done: {case.name}", "us", [cost.wall], scale=MICROSECONDS),
+        row("  CPU time of the parent, a client", "us", [cost.parent_cpu], scale=MICROSECONDS),
+        row("  CPU time of the workers, a client", "us", [cost.workers_cpu], scale=MICROSECONDS),
     ]
 
 
 def benchmark(quick: bool) -> list[Row]:
-    if quick:
-        return [*measure(20, 5, 2), *overhead(50, 2)]
-    return [*measure(1_000, 10, 100), *measure(10_000, 10_000, 1), *overhead(1_000, 9)]
+    few, many = (20, 60) if quick else (1_000, 10_000)
+    each_round, rounds = (5, 2) if quick else (10, 100)
+    once, more = Case(few, few, 1), Case(many, many, 1)
+    drawn = Case(few, each_round, rounds)
+    found = {case: apart(case, "LOCAL") for case in (once, more, drawn)}
+    rows = [line for case, cost in found.items() for line in told(case, cost)]
+    rows += compared(more, once, found)
+    rows.append(row("the same in a plain loop", "us", [plain(few)], scale=MICROSECONDS))
+    return rows + empty(once) + empty(drawn)
 
 
 if __name__ == "__main__":
