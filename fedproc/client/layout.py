@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["trained", "mean", "largest"]
 
+Slot = tuple["Tensor", ...]
+"""Where a client writes its update: one flat view for each section of a layout."""
+
 # A section starts on a cache line, so that the views of a block are as aligned as fresh tensors.
 _ALIGNMENT_BYTES: Final = 64
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -138,22 +141,37 @@ class Layout:
         named = dict(model.named_parameters())
         return [named[entry.name] for part in self.of_kind("trained") for entry in part.entries]
 
+    def slot(self, block: Tensor) -> Slot:
+        """Views ``block`` section by section."""
+        return tuple(section.view(block) for section in self.sections)
+
+    def slots(self, blocks: Tensor) -> list[Slot]:
+        """Views every row of ``blocks``, as :meth:`new_blocks` makes them, as :meth:`slot` does."""
+        if not len(blocks):
+            return []
+        columns = []
+        for section in self.sections:
+            stop = section.start_bytes + section.numel * section.dtype.itemsize
+            columns.append(blocks[:, section.start_bytes : stop].view(section.dtype).unbind())
+        return list(zip(*columns, strict=True))
+
+    def pieces(self, block: Tensor) -> list[Tensor]:
+        """Views ``block`` as tensors of the model's shapes, of all sections, in their order."""
+        found = []
+        for section, view in zip(self.sections, self.slot(block), strict=True):
+            parts = view.split_with_sizes([entry.numel for entry in section.entries])
+            entries = zip(section.entries, parts, strict=True)
+            found.extend([part.view(entry.shape) for entry, part in entries])
+        return found
+
     def pack(self, tensors: Sequence[Sequence[Tensor]], block: Tensor) -> Tensor:
         """Copies tensors, as :meth:`tensors` lists them, into ``block`` and returns it."""
-        with torch.no_grad():
-            for section, members in zip(self.sections, tensors, strict=True):
-                flat = [member.detach().reshape(-1).cpu() for member in members]
-                torch.cat(flat, out=section.view(block))
+        fill(self.slot(block), tensors)
         return block
 
     def unpack(self, block: Tensor, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Copies ``block`` into tensors in place, whatever their strides."""
-        with torch.no_grad():
-            for section, members in zip(self.sections, tensors, strict=True):
-                sizes = [entry.numel for entry in section.entries]
-                pieces = section.view(block).split_with_sizes(sizes)
-                for entry, piece, member in zip(section.entries, pieces, members, strict=True):
-                    member.copy_(piece.view(entry.shape))
+        load(self.pieces(block), [member for members in tensors for member in members])
 
     def flat_trained(self, block: Tensor) -> Tensor:
         """Returns the trained parameters of ``block`` as one float64 vector (a copy)."""
@@ -165,10 +183,9 @@ class Layout:
         pieces = torch.split(vector, [entry.numel for entry in entries])
         return [piece.view(entry.shape) for piece, entry in zip(pieces, entries, strict=True)]
 
-    def non_finite(self, block: Tensor) -> str | None:
-        """Says where a floating value of ``block`` is NaN or infinite, or returns None."""
-        for section in self.sections:
-            values = section.view(block)
+    def non_finite(self, slot: Slot) -> str | None:
+        """Says where a floating value of ``slot`` is NaN or infinite, or returns None."""
+        for section, values in zip(self.sections, slot, strict=True):
             # a sum is finite only if all its terms are: one pass, and no mask is made
             if section.kind == "largest" or math.isfinite(values.sum().item()):
                 continue
@@ -180,6 +197,20 @@ class Layout:
                 if bad:
                     return f"{bad} of {entry.numel} values of {entry.name!r} are not finite"
         return None
+
+
+def fill(slot: Slot, tensors: Sequence[Sequence[Tensor]]) -> None:
+    """Copies tensors, as :meth:`Layout.tensors` lists them, into a slot."""
+    with torch.no_grad():
+        for values, members in zip(slot, tensors, strict=True):
+            torch.cat([member.reshape(-1).cpu() for member in members], out=values)
+
+
+def load(pieces: Sequence[Tensor], members: Sequence[Tensor]) -> None:
+    """Copies pieces, as :meth:`Layout.pieces` lists them, into tensors in place."""
+    with torch.no_grad():
+        for piece, member in zip(pieces, members, strict=True):
+            member.copy_(piece)
 
 
 def _travellers(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:

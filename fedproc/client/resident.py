@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedproc.client.layout import Layout
+from fedproc.client.layout import Layout, fill, load
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
+
+    from fedproc.client.layout import Slot
 
 
 class Resident:
@@ -41,19 +45,20 @@ class Resident:
         """Makes the model again, whatever was done to it."""
         self.model = copy.deepcopy(self._pristine) if self._custom else self._pristine
         self._tensors = self.layout.tensors(self.model)
+        self._members = [member for members in self._tensors for member in members]
         self._parameters = list(self.model.parameters())
         self._flags = [parameter.requires_grad for parameter in self._parameters]
         self._versions = self._frozen_versions()
         self._modules = list(self.model.modules())
         self._shape = self._as_it_is()
 
-    def load(self, block: Tensor) -> None:
-        """Takes over the values of ``block``."""
-        self.layout.unpack(block, self._tensors)
+    def load(self, pieces: Sequence[Tensor]) -> None:
+        """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them."""
+        load(pieces, self._members)
 
-    def pack(self, block: Tensor) -> Tensor:
-        """Copies the values into ``block`` and returns it."""
-        return self.layout.pack(self._tensors, block)
+    def write(self, slot: Slot) -> None:
+        """Copies the values into ``slot``."""
+        fill(slot, self._tensors)
 
     def forget_gradients(self) -> None:
         """Drops all gradients."""

@@ -32,7 +32,7 @@ from fedproc.client.training import (
     checked_metrics,
     run_local_epochs,
 )
-from fedproc.client.update import NO_BLOCK, Task, Update, Updates
+from fedproc.client.update import NO_BLOCK, Task, Update, Updates, unpack_tasks
 from fedproc.client.work import Span, Work
 from fedproc.errors import NotPermittedError
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from fedproc.client.layout import Slot
     from fedproc.client.training import Loss
 
 
@@ -74,6 +75,7 @@ class Trainer:
         self._footprint = Footprint(trail)
         self._failed: dict[str, BaseException] = {}
         self._round = 0
+        self._order = torch.Generator()  # of rows; seeded anew for every client
 
     def train(
         self,
@@ -95,9 +97,10 @@ class Trainer:
         """
         try:
             self._footprint.step(task.place)
-            space = self._resident.layout.new_block()
+            layout = self._resident.layout
+            pieces, space = layout.pieces(block), layout.new_block()
             with preserved_streams(self._device):
-                update = self._train(block, task, (state or {}, shared or {}), space)
+                update = self._train(pieces, task, (state or {}, shared or {}), layout.slot(space))
             update.block = space
             return update
         finally:
@@ -106,7 +109,7 @@ class Trainer:
     def train_some(
         self,
         block: Tensor,
-        tasks: Sequence[Task],
+        packed: bytes,
         states: Mapping[str, dict[str, Any]] | None = None,
         shared: Mapping[str, Tensor] | None = None,
     ) -> Updates:
@@ -114,26 +117,28 @@ class Trainer:
 
         Args:
             block: The global model.
-            tasks: The clients.
+            packed: Their tasks, see :func:`fedproc.client.update.pack_tasks`.
             states: Client -> what it kept.
             shared: What the strategy sent.
         """
+        tasks = unpack_tasks(packed)
         if self._round != tasks[0].round:
             self._round = tasks[0].round
             self._failed.clear()
-        blocks = self._resident.layout.new_blocks(len(tasks))
+        layout = self._resident.layout
+        pieces, blocks = layout.pieces(block), layout.new_blocks(len(tasks))
         updates: list[Update | None] = []
         with preserved_streams(self._device):
-            for task, space in zip(tasks, blocks.unbind(), strict=True):
+            for task, slot in zip(tasks, layout.slots(blocks), strict=True):
                 self._footprint.step(task.place)
                 known = (states or {}).get(task.client, {}), shared or {}
                 try:
-                    updates.append(self._train(block, task, known, space))
+                    updates.append(self._train(pieces, task, known, slot))
                 except BaseException as error:  # noqa: BLE001 - told by failure()
                     self._failed[task.client] = error
                     updates.append(None)
         self._footprint.step(IDLE)
-        return Updates(blocks, updates)
+        return Updates.of(blocks, updates)
 
     def failure(self, client: str) -> None:
         """Raises what made a client of :meth:`train_some` fail."""
@@ -141,22 +146,22 @@ class Trainer:
 
     def _train(
         self,
-        block: Tensor,
+        pieces: Sequence[Tensor],
         task: Task,
         known: tuple[dict[str, Any], Mapping[str, Tensor]],
-        space: Tensor,
+        slot: Slot,
     ) -> Update:
-        """Trains one client and leaves its model in ``space``."""
+        """Trains one client from the model in ``pieces`` and leaves its own in ``slot``."""
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
-        with self._loaded(block, seed) as model:
+        with self._loaded(pieces, seed) as model:
             model.train()
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)
             else:
                 update = self._run_function(model, self._work.local, task, known[0])
-            self._resident.pack(space)
-        where = self._resident.layout.non_finite(space)
+            self._resident.write(slot)
+        where = self._resident.layout.non_finite(slot)
         if where is not None:
             raise FloatingPointError(
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
@@ -191,8 +196,8 @@ class Trainer:
         x, y = (part.to(self._device) for part in rows)
         size, outputs = chunks
         loss = placed_loss(loss, self._device) or self._loss()
-        seed = derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(block, seed) as model:
+        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
             return evaluate_chunks(model, (x, y), loss, size, outputs=outputs)
 
     def evaluate_clients(
@@ -200,8 +205,8 @@ class Trainer:
     ) -> dict[str, ChunkSums]:
         """Evaluates the global model on the rows of clients of this worker."""
         least = self._work.private_rows or 0
-        seed = derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(block, seed) as model:
+        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
             return {
                 client: merged(
                     evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
@@ -226,13 +231,14 @@ class Trainer:
     ) -> Update:
         state, shared = known
         rows = self._rows(task.client)
-        order = generator_for(task.seed, task.round, task.client, "shuffle")
+        if local.shuffle:  # nothing else draws from it
+            self._order.manual_seed(derive_seed(task.seed, task.round, task.client, "shuffle"))
         correction = None
         if self._work.rule is not None:
             parameters = self._resident.layout.trained(model)
             correction = self._work.rule.start(parameters, shared, state)
         correct = None if correction is None else correction.apply
-        progress = run_local_epochs(model, rows, local, order, correct)
+        progress = run_local_epochs(model, rows, local, self._order, correct)
         assert progress.optimizer is not None
         return Update(
             block=NO_BLOCK,
@@ -273,13 +279,13 @@ class Trainer:
         )
 
     @contextmanager
-    def _loaded(self, block: Tensor, seed: int) -> Iterator[nn.Module]:
+    def _loaded(self, pieces: Sequence[Tensor], seed: int) -> Iterator[nn.Module]:
         """Loads the global model into the resident one and seeds every stream.
 
         Leaves no gradients behind. The caller preserves the streams of the process: around all
         clients of a command, because seeding is cheap and saving is not.
         """
-        self._resident.load(block)
+        self._resident.load(pieces)
         seed_streams(seed, self._device)
         with torch_threads(self._work.threads):
             try:

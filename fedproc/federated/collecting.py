@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from fedproc.client.update import Updates
+from fedproc.client.update import Updates, pack_tasks
 from fedproc.errors import (
     ClosedError,
     CommandTimeoutError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Updates that a worker may have finished or queued beyond the one that is taken next: enough that
 # it never waits for the parent, few enough that memory does not grow with the cohort.
-_WINDOW_BYTES: Final = 256 << 20
+_WINDOW_BYTES: Final = 64 << 20
 _WINDOW_LEAST: Final = 4
 _WINDOW_MOST: Final = 256
 # What was finished at the deadline is taken all the same; its worker answers at once.
@@ -146,7 +146,7 @@ class Collector:
             state = worker.send(kept[client]) if kept else None
             return call_there(trainer, "train", block, self._tasks[client], state, shared)
         states = worker.send(kept) if kept else None
-        tasks = [self._tasks[client] for client in clients]
+        tasks = pack_tasks([self._tasks[client] for client in clients])
         return call_there(trainer, "train_some", block, tasks, states, shared)
 
     def _broadcast_to(self, name: str, lane: Lane) -> tuple[Any, Any]:
@@ -182,14 +182,12 @@ class Collector:
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
-        nbytes, name = self._block_bytes, self._homes[batch.clients[0]]
-        blocks = result.blocks[:, :nbytes].unbind()
-        for client, update, block in zip(batch.clients, result.updates, blocks, strict=True):
+        name, updates = self._homes[batch.clients[0]], result.unpacked(self._block_bytes)
+        for client, update in zip(batch.clients, updates, strict=True):
             if update is None:
                 promise = call_there(self._crew.trainer(name), "failure", client)
                 lane.submit(Batch([client], promise))
             else:
-                update.block = block
                 self._settle(client, update)
 
     def _settle(self, client: str, result: Update | FedprocError) -> None:

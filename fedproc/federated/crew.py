@@ -75,7 +75,7 @@ class Crew:
 
     def homes(self, clients: Sequence[str]) -> dict[str, str]:
         """Maps clients to the names of the workers that train them."""
-        return {client: self.home(client) for client in clients}
+        return self.data.homes(clients)
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""

@@ -171,6 +171,17 @@ class FederatedDataset:
         block = self._blocks[client]
         return block, block.spans[client][0]
 
+    def homes(self, clients: Sequence[str]) -> dict[str, str]:
+        """Maps clients to the names of the workers that hold their rows now.
+
+        Each worker is looked at once; the clients of a lost one move first.
+        """
+        for name in {self._homes[client] for client in clients}:
+            holding = self._holdings.get(name)
+            if holding is None or not holding.worker.alive:
+                self.restore()
+        return {client: self._homes[client] for client in clients}
+
     def holdings(self) -> dict[str, Holding]:
         """Maps worker names to what those workers hold."""
         return dict(self._holdings)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 POINTER_TYPES: set[type] = set()
 """Every class of pointer; filled by ``remote.pointer``."""
 
-_FLAT = frozenset({int, float, bool, str, type(None)})
+_FLAT = frozenset({int, float, bool, str, bytes, type(None)})
 
 
 class Outgoing:

@@ -73,14 +73,17 @@ def test_non_finite_values_are_found_by_name(name, value):
     broken = model()
     broken.state_dict()[name].view(-1)[1] = float(value)
     layout = Layout.of(broken)
-    where = layout.non_finite(layout.pack(layout.tensors(broken), layout.new_block()))
+    where = layout.non_finite(layout.slot(layout.pack(layout.tensors(broken), layout.new_block())))
     assert where is not None
     assert f"1 of {broken.state_dict()[name].numel()} values of {name!r}" in where
 
 
 def test_finite_values_are_fine_and_integers_are_not_looked_at():
     layout = Layout.of(model())
-    assert layout.non_finite(layout.pack(layout.tensors(model()), layout.new_block())) is None
+    assert (
+        layout.non_finite(layout.slot(layout.pack(layout.tensors(model()), layout.new_block())))
+        is None
+    )
 
 
 def expanded():
