@@ -38,7 +38,8 @@ class GlobalModel:
 
     def load(self, block: Tensor) -> None:
         """Takes over values in flat form, all of them or none."""
-        tensors, before = self.layout.tensors(self.module), self.block()
+        tensors = self.layout.tensors(self.module)
+        before = self.layout.pack(tensors, self.layout.new_block())
         try:
             self.layout.unpack(block, tensors)
         except BaseException:  # an interrupt must not leave half of a round in the model

@@ -6,6 +6,7 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -69,13 +70,48 @@ class Start:
     kept: Mapping[str, dict[str, Any]]
 
 
+def _floats() -> array[float]:
+    return array("d")
+
+
 @dataclass(slots=True)
 class _Tally:
-    """Numbers of the accepted updates, without their tensors, in cohort order."""
+    """Numbers of the accepted updates in cohort order; an update itself does not outlive its turn.
 
-    updates: dict[str, Update] = field(default_factory=dict)
-    weights: list[float] = field(default_factory=list)
+    Attributes:
+        first: The update that was accepted first, without its block.
+        kept: Accepted client -> what it keeps.
+        weights, step_norms, loss_sums: One of every accepted client.
+        metrics: Name -> weights and values of those that returned it.
+        examples, rows: Sums over the accepted clients.
+        failures: Client -> why its update does not count.
+    """
+
+    first: Update | None = None
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: array[float] = field(default_factory=_floats)
+    step_norms: list[float | None] = field(default_factory=list)
+    loss_sums: array[float] = field(default_factory=_floats)
+    metrics: dict[str, tuple[array[float], array[float]]] = field(default_factory=dict)
+    examples: int = 0
+    rows: int = 0
     failures: dict[str, BaseException] = field(default_factory=dict)
+
+    def accept(self, client: str, update: Update, weight: float) -> None:
+        """Takes in an update that was folded."""
+        update.block = NO_BLOCK
+        if self.first is None:
+            self.first = update
+        self.kept[client] = update.state
+        self.weights.append(weight)
+        self.step_norms.append(update.step_norm)
+        self.loss_sums.append(update.loss_sum)
+        for name, value in update.metrics.items():
+            weights, values = self.metrics.setdefault(name, (_floats(), _floats()))
+            weights.append(weight)
+            values.append(value)
+        self.examples += update.examples
+        self.rows += update.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +188,14 @@ def play(
     return Outcome(
         block=new,
         state=state,
-        kept={client: update.state for client, update in tally.updates.items()},
-        accepted=tuple(tally.updates),
+        kept=tally.kept,
+        accepted=tuple(tally.kept),
         skipped=tuple(client for client in start.cohort if not sizes[client]),
         failures=tally.failures,
         loss=_loss(tally),
         metrics=_metrics(tally),
-        examples=sum(update.examples for update in tally.updates.values()),
-        bytes_moved=(len(tasks) + len(tally.updates)) * payload_bytes,
+        examples=tally.examples,
+        bytes_moved=(len(tasks) + len(tally.kept)) * payload_bytes,
     )
 
 
@@ -197,16 +233,13 @@ def _take(
         tally.failures[client] = result
         return
     weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
-    first = next(iter(tally.updates.values()), result)
     try:
-        mean_weight = rules.strategy.mean_weight(weight, result, first)
+        mean_weight = rules.strategy.mean_weight(weight, result, tally.first or result)
     except ValueError as error:  # the strategy cannot use this update; the others count
         tally.failures[client] = error
         return
     fold.add(result.block, weight, mean_weight)
-    tally.weights.append(weight)
-    result.block = NO_BLOCK  # folded; a round keeps no blocks
-    tally.updates[client] = result
+    tally.accept(client, result, weight)
 
 
 def _apply(
@@ -217,7 +250,7 @@ def _apply(
         mean=mean,
         rows=rows,
         weights=tuple(tally.weights),
-        step_norms=tuple(update.step_norm for update in tally.updates.values()),
+        step_norms=tuple(tally.step_norms),
         non_finite=sum(isinstance(e, FloatingPointError) for e in tally.failures.values()),
     )
     x = layout.flat_trained(start.block)
@@ -226,8 +259,7 @@ def _apply(
     except QuorumError as error:
         message = f"round {start.number}: {error}{_causes(tally.failures)}"
         raise QuorumError(message, failures=tally.failures) from error
-    kept = {client: update.state for client, update in tally.updates.items()}
-    state = rules.strategy.after(state, start.kept, kept, population)
+    state = rules.strategy.after(state, start.kept, tally.kept, population)
     if rules.strategy.keeps_master():
         new, master = advance(layout, x, new, start.state)
         state = {**state, **master}
@@ -235,7 +267,7 @@ def _apply(
 
 
 def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:
-    accepted = len(tally.updates)
+    accepted = len(tally.kept)
     if accepted >= min_clients:
         return
     message = (
@@ -253,22 +285,15 @@ def _causes(failures: Mapping[str, BaseException]) -> str:
 
 def _loss(tally: _Tally) -> float | None:
     """Mean loss over all rows processed; a custom function's own numbers otherwise."""
-    rows = sum(update.rows for update in tally.updates.values())
-    if rows:
-        return exact_sum([update.loss_sum for update in tally.updates.values()]) / rows
+    if tally.rows:
+        return exact_sum(tally.loss_sums) / tally.rows
     return _metrics(tally).get("loss")
 
 
 def _metrics(tally: _Tally) -> dict[str, float]:
     """Weighted means; a number that only some clients returned is averaged over those."""
-    names = dict.fromkeys(name for update in tally.updates.values() for name in update.metrics)
-    found = {}
-    for name in names:
-        pairs = [
-            (weight, update.metrics[name])
-            for weight, update in zip(tally.weights, tally.updates.values(), strict=True)
-            if name in update.metrics
-        ]
-        total = exact_sum([weight for weight, _ in pairs])
-        found[name] = exact_sum([weight * value for weight, value in pairs]) / total
-    return found
+    return {
+        name: exact_sum([weight * value for weight, value in zip(*column, strict=True)])
+        / exact_sum(column[0])
+        for name, column in tally.metrics.items()
+    }
