@@ -33,7 +33,11 @@ _BOOT = (
     "sys.path[:] = path; import importlib; "
     "getattr(importlib.import_module(module), name)(*args)"
 )
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OPENBLAS_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",  # large pages for large tensors: clearing small ones is slow
+}
 """Set before torch is loaded: waiting threads sleep (spinning ones made 8 workers on 2 cores 13
 times slower), and BLAS starts no thread at import."""
 
