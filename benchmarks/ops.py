@@ -15,6 +15,7 @@ import torch
 
 import fedproc as fp
 from benchmarks.measure import ROOT, Row, main, paired, ratio, row, seconds_of
+from benchmarks.peers.peer import Peer, peers
 
 MICROSECONDS = 1e6
 REQUEST = ("operator.neg", (7,), {})
@@ -105,7 +106,41 @@ def benchmark(quick: bool) -> list[Row]:
         row("  with their results brought home", "us", flowing["home"], scale=MICROSECONDS),
         row(f"{many:,} chained adds of 4 floats, each", "us", flowing["adds"], scale=MICROSECONDS),
         row("  the same in this process", "us", flowing["local_adds"], scale=MICROSECONDS),
+        *against_peers(runs, calls, many),
     ]
+
+
+def against_peers(runs: int, calls: int, many: int) -> list[Row]:
+    """The same three, of every peer that runs here; a ratio says how many times ours that is."""
+    rows: list[Row] = []
+    with peers("ray_actors", "torch_rpc") as present:
+        for peer in present:
+            rows += against(peer, runs, calls, many)
+    return rows
+
+
+def against(peer: Peer, runs: int, calls: int, many: int) -> list[Row]:
+    with fp.Cluster(1, threads=1) as cluster:
+        (worker,) = cluster
+        four = worker.send(torch.ones(4))
+        taken = paired(
+            runs,
+            blocking=lambda: peer.ask("blocking", calls=calls),
+            our_blocking=lambda: per_call(calls, lambda: worker.run(abs, -7).get()),
+            pipelined=lambda: peer.ask("pipelined", calls=many),
+            our_pipelined=lambda: pipelined(cluster, worker, many),
+            adds=lambda: peer.ask("adds", calls=many),
+            our_adds=lambda: chained_adds(four, many),
+        )
+    rows: list[Row] = []
+    for what, name in (
+        ("blocking", "one call and its result"),
+        ("pipelined", "call, pipelined"),
+        ("adds", "chained add"),
+    ):
+        rows.append(row(f"{peer.name}: {name}", "us", taken[what], scale=MICROSECONDS))
+        rows.append(ratio("  against ours", taken[what], taken[f"our_{what}"]))
+    return rows
 
 
 if __name__ == "__main__":
