@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fedproc.cluster.placing import dealt
-from fedproc.cluster.supervision import Supervisor, make_transport, usable_cores
+from fedproc.cluster.supervision import Supervisor, make_transport
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
+from fedproc.memory.pages import usable_cores
 from fedproc.remote import reading
 from fedproc.remote.group import PointerGroup, as_completed
 from fedproc.remote.pointer import Pointer

@@ -5,9 +5,6 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-import psutil
 
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
@@ -51,18 +48,6 @@ def _import(module: str) -> None:
         raise WorkerStartError(
             f"preload: module {module!r} could not be imported: {type(error).__name__}: {error}"
         ) from error
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores or 1, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, cores or 1)
 
 
 class Supervisor:

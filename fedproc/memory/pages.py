@@ -87,6 +87,11 @@ _mmap = ctypes.CFUNCTYPE(
 )(("mmap", ctypes.CDLL(None)))
 
 
+_madvise = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(
+    ("madvise", ctypes.CDLL(None))
+)
+
+
 def map_private(fd: int, nbytes: int, offset: int) -> mmap.mmap:
     """Map a part of a file, copy on write, without the descriptor that ``mmap.mmap`` would keep.
 
@@ -99,6 +104,25 @@ def map_private(fd: int, nbytes: int, offset: int) -> mmap.mmap:
         code = ctypes.get_errno()
         raise OSError(code, f"cannot map shared memory: {os.strerror(code)}")
     return place
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores or 1, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores or 1)
+
+
+def prefer_large(address: int, nbytes: int) -> None:
+    """Ask for huge pages where they are left to programs (``madvise``); a hint, never an error."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        _madvise(start, address + nbytes - start, mmap.MADV_HUGEPAGE)
 
 
 def address_of(mapping: mmap.mmap) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from fedproc.errors import PlacementError
 from fedproc.remote import reading
 from fedproc.remote.context import modes
-from fedproc.remote.encode import Outgoing, encode_call
+from fedproc.remote.encode import encode_call, encode_question
 from fedproc.remote.handle import Handle, Owner
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -17,6 +17,7 @@ from fedproc.remote.operations import (
     REFUSED,
     answers_plainly,
     function_name,
+    gives_one_tensor,
     is_pointer,
     may_write,
     result_type,
@@ -76,12 +77,9 @@ def compute(
     timeout: float | None = None,
 ) -> Any:
     """Run ``function`` and wait for its value."""
-    outgoing = Outgoing(what, None, operation=True)
-    fields = (function, args, kwargs or {}, modes())
-    message = outgoing.encode(commands.Compute, fields, 0)
-    link = outgoing.link
-    assert link is not None, "a question needs a pointer"
-    return reading.computed(link, *link.ask(message, caller(), timeout))
+    link, message = encode_question(function, args, kwargs or {}, modes(), what)
+    number = link.submit(message, caller(), urgent=True)
+    return reading.computed(link, number, what, timeout)
 
 
 def part(cls: type[AnyPointer], of: Pointer, path: tuple[Any, ...]) -> AnyPointer:
@@ -96,6 +94,15 @@ def part(cls: type[AnyPointer], of: Pointer, path: tuple[Any, ...]) -> AnyPointe
 
 def operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation of torch on pointers: an operator, a method or a function."""
+    if kwargs or not gives_one_tensor(name):
+        return _operate_by_rules(name, args, kwargs)
+    from fedproc.remote.tensor import TensorPointer
+
+    shown = SYMBOLS.get(name, name)
+    return run_there(TensorPointer, name, args, what=shown, writes=False, operation=True)
+
+
+def _operate_by_rules(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from fedproc.remote.pending import PendingPointer
     from fedproc.remote.tensor import TensorPointer
 

@@ -6,6 +6,7 @@ silently.
 """
 
 import pickle
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from fedproc.memory.tensors import Exporter, Packer
 from fedproc.remote.link import Link
 from fedproc.remote.message import Message
 from fedproc.wire import commands, frames
+from fedproc.wire.code import travels_by_name
 from fedproc.wire.codec import Encoder
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ POINTER_TYPES: set[type] = set()
 """Every class of pointer; filled by ``remote.pointer``."""
 
 _FLAT = frozenset({int, float, bool, str, bytes, type(None)})
+_FUNCTIONS = frozenset({types.FunctionType, types.BuiltinFunctionType})
 
 
 class Outgoing:
@@ -159,13 +162,11 @@ def encode_call(
 ) -> tuple[Link, Message]:
     """The message that runs ``function`` where the pointers among its arguments are."""
     flags = frames.KEEP if keep else 0
-    if isinstance(function, str) and not kwargs:
-        flat = _flat(args)
-        if flat is not None and (link is None or link is flat[0]):
-            body = pickle.dumps(
-                (function, flat[1], {}, modes, private, update, flat[2]), protocol=5
-            )
-            return flat[0], Message(commands.Call, flags | frames.PLAIN, body, what, writes)
+    name = None if kwargs else _name_of(function)
+    flat = None if name is None else _flat(args, link)
+    if flat is not None:
+        body = pickle.dumps((name, flat[1], {}, modes, private, update, flat[2]), protocol=5)
+        return flat[0], Message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
     fields = (function, args, kwargs, modes, private, update, ())
     message = outgoing.encode(commands.Call, fields, flags, writes=writes)
@@ -173,12 +174,37 @@ def encode_call(
     return outgoing.link, message
 
 
-def _flat(args: tuple[Any, ...]) -> tuple[Link, tuple[Any, ...], tuple[int, ...]] | None:
+def encode_question(
+    function: str, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any, what: str
+) -> tuple[Link, Message]:
+    """The message that runs ``function`` where its pointers are and answers with the result."""
+    flat = None if kwargs else _flat(args, None)
+    if flat is not None:
+        body = pickle.dumps((function, flat[1], {}, modes, flat[2]), protocol=5)
+        return flat[0], Message(commands.Compute, frames.PLAIN, body, what)
+    outgoing = Outgoing(what, None, operation=True)
+    message = outgoing.encode(commands.Compute, (function, args, kwargs, modes, ()), 0)
+    assert outgoing.link is not None, "a question needs a pointer"
+    return outgoing.link, message
+
+
+def _name_of(function: Any) -> str | None:
+    """The name that a function travels by, if it does."""
+    if type(function) is str:
+        return function
+    if type(function) in _FUNCTIONS and travels_by_name(function):
+        return f":{function.__module__}:{function.__qualname__}"
+    return None
+
+
+def _flat(
+    args: tuple[Any, ...], link: Link | None
+) -> tuple[Link, tuple[Any, ...], tuple[int, ...]] | None:
     """(link, arguments with ids in them, places of the ids), for pointers and plain numbers only.
 
-    The usual operator is like that, and costs a tenth of the general way.
+    The usual operator is like that, and costs a tenth of the general way. ``link`` is where it
+    runs, None: where its pointers are.
     """
-    link: Link | None = None
     found: list[Any] = []
     places: list[int] = []
     for place, arg in enumerate(args):

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from fedproc.transport.channel import SPIN_SECONDS, look_out
+
 TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
 TIDY_SECONDS = 0.05
@@ -52,12 +54,19 @@ class Readable(Protocol):
         """Whether something is still to be written."""
 
 
+def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.poll]":
+    poll = select.poll()
+    for fd in links:
+        poll.register(fd, select.POLLIN)
+    return links, poll
+
+
 class Hub:
     """Reads for all links of a cluster."""
 
     def __init__(self) -> None:
         """No links yet."""
-        self._links: dict[int, Readable] = {}
+        self._watched = _watch({})  # links by descriptor, and a poll object for them
         self._leader = threading.Lock()
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
@@ -69,7 +78,7 @@ class Hub:
 
     def add(self, link: Readable) -> None:
         """Read for ``link`` from now on."""
-        self._links = {**self._links, link.fileno(): link}
+        self._watched = _watch({**self._watched[0], link.fileno(): link})
         if self._janitor is None:
             self._janitor = threading.Thread(
                 target=self._clean, name="fedproc-janitor", daemon=True
@@ -78,7 +87,8 @@ class Hub:
 
     def remove(self, link: Readable) -> None:
         """Do not read for ``link`` any more."""
-        self._links = {fd: other for fd, other in self._links.items() if other is not link}
+        rest = {fd: other for fd, other in self._watched[0].items() if other is not link}
+        self._watched = _watch(rest)
         self.notify()
 
     def wait_until(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -106,7 +116,7 @@ class Hub:
                 return False
 
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> bool:
-        for link in self._links.values():
+        for link in self._watched[0].values():
             link.resume()
         while not ready():
             wait = None if deadline is None else deadline - time.monotonic()
@@ -129,18 +139,16 @@ class Hub:
 
     def _read(self, wait: float | None) -> None:
         """Read once from whoever has something to say."""
-        poll = select.poll()
-        links = self._links
+        links, poll = self._watched
         for fd, link in links.items():
-            if link.fileno() < 0:
-                continue
-            unsent = link.unsent
-            poll.register(fd, select.POLLIN | (select.POLLOUT if unsent else 0))
+            if link.unsent:
+                poll.modify(fd, select.POLLIN | select.POLLOUT)
         # An end to every poll: what is waited for may come about without anything to read.
         wait = _POLL_SECONDS if wait is None else min(wait, _POLL_SECONDS)
-        for fd, event in poll.poll(wait * 1000):
-            if event & select.POLLOUT:
-                links[fd].flush()
+        events = look_out(poll, min(wait, SPIN_SECONDS)) or poll.poll(wait * 1000)
+        for fd, event in events:
+            if event & select.POLLOUT and links[fd].flush():
+                poll.modify(fd, select.POLLIN)
             if event & ~select.POLLOUT:
                 links[fd].receive()
         if self._followers:
@@ -178,7 +186,7 @@ class Hub:
                 time.sleep(TAIL_SECONDS)
             idle = not (rung or again)
             again = False
-            for link in self._links.values():
+            for link in self._watched[0].values():
                 link.tidy()
                 again |= not link.flush()
                 if idle:  # it asks the system; a burst has better things to do

@@ -92,12 +92,13 @@ class Link:
             with self.outbox.lock:
                 if self.end is not None:
                     self.check()
+                idle = self.inbox.executed >= self.outbox.last
                 number = self.outbox.send(message, site)
         except BaseException:
             if message.exporter is not None:
                 message.exporter.release()
             raise
-        if urgent or not self.outbox.in_burst():
+        if urgent or idle or not self.outbox.in_burst():
             self.flush()
         else:
             self.hub.tail()
@@ -247,7 +248,8 @@ class Link:
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out."""
         self.outbox.give_back(borrow)
-        self.hub.tail()
+        if self.unsent:
+            self.hub.tail()
 
     def release(self, query: int) -> None:
         """The blocks that answered ``query`` are not read any more."""

@@ -41,7 +41,7 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
         told = _carry(handle, target, slot, site, copy=True)
     assert told is not None
     number, ids, cut, optimizer = told
-    source.submit(plain(commands.Remove(handle.oid), "move"), site)
+    source.outbox.remove(handle.oid)
     _follow(source, ids, target, slot or number, number)
     if cut:
         warn_cut("move")

@@ -224,3 +224,8 @@ _UNKNOWN_IF: dict[str, Callable[[Args, KwArgs], bool]] = {
     "torch.autograd.grad": lambda args, kwargs: _gradients(args, kwargs) is None,
     _ATTENTION: lambda args, kwargs: _attention(args, kwargs) is None,
 }
+
+
+def always_one(name: str) -> bool:
+    """Whether an operation gives one tensor whatever its arguments are."""
+    return not any(name in table for table in (_FIXED, _RULES, _UNKNOWN, _UNKNOWN_IF))

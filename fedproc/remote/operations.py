@@ -17,6 +17,7 @@ from torch.overrides import resolve_name
 from fedproc.remote.operation_results import (
     Args,
     KwArgs,
+    always_one,
     argument,
     is_pointer,
     prefixed,
@@ -32,6 +33,7 @@ __all__ = [
     "TENSOR_PROPERTIES",
     "answers_plainly",
     "function_name",
+    "gives_one_tensor",
     "is_pointer",
     "may_write",
     "result_type",
@@ -210,6 +212,14 @@ def may_write(name: str, kwargs: KwArgs) -> bool:
         (inplace is not None and inplace is not False)  # by identity: it might be a pointer
         or kwargs.get("out") is not None
         or kwargs.get("max_norm") is not None  # embeddings are renormalised in place
+    )
+
+
+@cache
+def gives_one_tensor(name: str) -> bool:
+    """Whether an operation without keywords writes nothing and gives one tensor, always."""
+    return not (name in _PLAIN or name == "Tensor.type" or _writes_always(name)) and (
+        always_one(name)
     )
 
 

@@ -39,6 +39,7 @@ class Borrow:
         """``scoped``: the user holds it in a ``with`` block, and could wait for himself in it."""
         self.query = 0
         self.writable = False
+        self.exported = True  # blocks of the worker, as far as is known
         self.thread = threading.get_ident() if scoped else None
 
     def begin(self, outbox: "Outbox", query: int) -> None:
@@ -95,22 +96,22 @@ class Outbox:
 
     def _append(self, message: Message, site: Site) -> int:
         number = next(self._numbers)
-        flags, body = message.flags, message.body
+        record, flags, body, what, writes, exporter, _ = message
         if self.trash:
             flags |= frames.FREES
             body = frames.with_frees(self._dropped(), body)
-        frame = frames.pack(commands.KIND[message.record], flags, number, body)
-        if message.writes or message.record is commands.Remove:
+        frame = frames.pack(commands.KIND[record], flags, number, body)
+        if writes:
             self.writes += 1  # what is known of objects may not be so any more
-        if message.exporter is not None:
-            self._inbox.hold(number, message.exporter)
-        if message.record not in _BOOKKEEPING:
-            self._inbox.expect(number, site, message.what)
+        if exporter is not None:
+            self._inbox.hold(number, exporter)
+        if record not in _BOOKKEEPING:
+            self._inbox.expect(number, site, what)
             self.submitted += 1
         if self._held:
             self._let_held_go()
-        if self._held or (message.writes and self._lent()):
-            self._held.append((number, frame, message.writes))
+        if self._held or (writes and self._borrows and self._lent()):
+            self._held.append((number, frame, writes))
         elif self._channel.append(frame) >= BURST_COMMANDS:
             self.flush()
         # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
@@ -122,8 +123,14 @@ class Outbox:
         dropped: list[int] = []
         while self.trash and len(dropped) < frames.MOST_FREES:
             dropped.append(self.trash.popleft())
-            self.handles.pop(dropped[-1], None)
+            self.handles.pop(dropped[-1], None)  # whoever moves an object still needs its handles
         return dropped
+
+    def remove(self, oid: int) -> None:
+        """The object was taken home or moved; all its ids go, in front of the next command."""
+        with self.lock:
+            self.writes += 1  # other handles of it must ask again, and be told
+            self.trash.append(oid | frames.WHOLE)
 
     def _define(self, definitions: dict[bytes, bytes]) -> None:
         new = sum(len(code) for digest, code in definitions.items() if digest not in self._shipped)
@@ -184,7 +191,7 @@ class Outbox:
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
         query = borrow.query
-        if borrow.end():
+        if borrow.end() and borrow.exported:
             self.release(query)
         self.go_on()
 

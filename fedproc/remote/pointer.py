@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 
 from fedproc.errors import (
-    ClosedError,
     NotShippableError,
     PlacementError,
-    WorkerLostError,
 )
 from fedproc.remote import reading
 from fedproc.remote.encode import POINTER_TYPES
 from fedproc.remote.handle import Handle, Owner
 from fedproc.remote.link import Link
-from fedproc.remote.message import plain
-from fedproc.remote.site import caller
-from fedproc.wire import commands
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,8 +147,7 @@ class Pointer(metaclass=Kind):
         except BaseException:
             handle.taken = False
             raise
-        with contextlib.suppress(WorkerLostError, ClosedError):  # we have it already
-            handle.link.submit(plain(commands.Remove(handle.oid), "get"), caller())
+        handle.link.outbox.remove(handle.oid)
         handle.link.outbox.handles.pop(handle.oid, None)
         handle.gone = (
             f"object {handle.oid} was brought home from worker {handle.link.name!r} with get(): "
@@ -271,10 +265,16 @@ class Pointer(metaclass=Kind):
 def make(cls: type[AnyPointer], handle: Handle, owner: Owner | None) -> AnyPointer:
     """A pointer of class ``cls``."""
     pointer = cls.__new__(cls)
-    pointer._handle = handle
-    pointer._owner = owner
-    pointer._chain = None
+    # past __setattr__ of pending pointers, which makes up its mind about every name
+    _set_handle(pointer, handle)
+    _set_owner(pointer, owner)
+    _set_chain(pointer, None)
     return pointer
+
+
+_set_handle = Pointer.__dict__["_handle"].__set__
+_set_owner = Pointer.__dict__["_owner"].__set__
+_set_chain = Pointer.__dict__["_chain"].__set__
 
 
 def register(handle: Handle) -> Handle:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedproc.memory.arena import Block
-from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
+from fedproc.memory.tensors import Place, Table, fresh, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -41,6 +41,7 @@ def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) 
     """The value asked for, copied into memory of this process."""
     try:
         flags, body = link.answer(borrow.query, what, timeout)
+        borrow.exported = bool(flags & frames.EXPORTED)
         return _decode(flags, body, lambda place: _copied(link, place))
     finally:
         link.give_back(borrow)
@@ -68,12 +69,19 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
         link.give_back(borrow)
 
 
-def computed(link: Link, flags: int, body: bytes) -> Any:
-    """The value in the answer to a Compute: plain, or a copy."""
-    return _decode(flags, body, lambda place: _copied(link, place))
+def computed(link: Link, number: int, what: str, timeout: float | None) -> Any:
+    """The value in the answer to the Compute of this number: plain, or a copy."""
+    flags, body = link.answer(number, what, timeout)
+    try:
+        return _decode(flags, body, lambda place: _copied(link, place))
+    finally:
+        if flags & frames.EXPORTED:
+            link.release(number)
 
 
-def _decode(flags: int, body: bytes, load: Any) -> Any:
+def _decode(flags: int, body: Any, load: Any) -> Any:
+    if flags & frames.PLAIN:
+        return body
     stream = io.BytesIO(body)
     tensors: list[torch.Tensor] = []
     if flags & frames.HAS_TENSORS:
@@ -84,8 +92,7 @@ def _decode(flags: int, body: bytes, load: Any) -> Any:
 
 def _copied(link: Link, place: Place) -> torch.Tensor:
     assert link.mapped is not None
-    target = torch.empty(place_bytes(place), dtype=torch.uint8)
-    return read_place(place, link.mapped.view, target)
+    return read_place(place, link.mapped.view, fresh(place_bytes(place)))
 
 
 def _mapped(link: Link, place: Place) -> torch.Tensor:

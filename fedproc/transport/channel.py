@@ -7,8 +7,10 @@ step for good. The same reason makes ``recv`` and ``send`` run inside ``list.ext
 the call and the note of its result are one step of the interpreter.
 """
 
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from fedproc.wire.frames import Frame, unpack
@@ -16,6 +18,17 @@ from fedproc.wire.frames import Frame, unpack
 READ_BYTES = 65536
 BATCH_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
+SPIN_SECONDS = 50e-6
+"""How long to look for an answer before sleeping: being woken costs about as much."""
+
+
+def look_out(poll: "select.poll", seconds: float = SPIN_SECONDS) -> list[tuple[int, int]]:
+    """What a poll object sees within ``seconds``, looked for without sleeping."""
+    events = poll.poll(0)
+    until = time.perf_counter() + seconds
+    while not events and time.perf_counter() < until:
+        events = poll.poll(0)
+    return events
 
 
 class Channel:

@@ -41,6 +41,7 @@ class Compute(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     modes: tuple[Any, ...] | None
+    ids: tuple[int, ...] = ()  # as in Call
 
 
 class Fetch(NamedTuple):
@@ -85,12 +86,6 @@ class Part(NamedTuple):
 
     target: int
     path: tuple[Any, ...]  # str: attribute, int: item
-
-
-class Remove(NamedTuple):
-    """An object was taken home or moved: it and all its ids are gone."""
-
-    target: int
 
 
 class Free(NamedTuple):
@@ -154,9 +149,8 @@ class Done(NamedTuple):
 
 
 class Value(NamedTuple):
-    """The answer to a query; ``exported``: its bytes are held until ``Release``."""
+    """The answer to a query; a value comes as ``(flags, body)``."""
 
-    exported: bool
     payload: Any
 
 
@@ -193,7 +187,7 @@ class Failure(NamedTuple):
 
 
 COMMANDS: tuple[type[Any], ...] = (
-    Call, Put, Compute, Fetch, Export, Import, Describe, Part, Remove, Free, Release, Slot,
+    Call, Put, Compute, Fetch, Export, Import, Describe, Part, Free, Release, Slot,
     Define, Attach, Inspect, Stop,
 )  # fmt: skip
 REPLIES: tuple[type[Any], ...] = (Ready, Done, Value, Refusal, Failed)

@@ -29,6 +29,11 @@ KEEP = 8
 FREES = 16
 """Flag: in front of the body stand ids that nobody holds any more: a count (u16), then u64 each."""
 MOST_FREES = 1024
+WHOLE = 1 << 63
+"""Bit of an id to free: the object was taken home or moved, and all its ids go."""
+
+EXPORTED = 32
+"""Flag of an answer: its blocks are held until ``Release``."""
 
 _COUNT = struct.Struct("<H")
 

@@ -7,11 +7,26 @@ does.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 _ALIASES = {"Tensor": ("torch", "Tensor")}
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function of a command: of ``resolve``, or a user's as ``":module:qualified.name"``.
+
+    A user's is looked up each time: its module may have been loaded anew.
+    """
+    if name[0] != ":":
+        return resolve(name)
+    _, module, path = name.split(":")
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
 
 
 # Names are those of functions, so there are at most some thousands: no bound is needed. Failures

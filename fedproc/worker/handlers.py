@@ -5,6 +5,7 @@ loop turns that into a tombstone and a reply.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from fedproc.wire import commands, frames
 from fedproc.wire.frames import Frame
-from fedproc.wire.names import resolve
+from fedproc.wire.names import function_named
 from fedproc.worker import privacy
 from fedproc.worker.host import Host
 from fedproc.worker.inspections import INSPECTIONS, description, type_name
@@ -26,6 +27,17 @@ _IN_PLACE = frozenset(
     operator.ipow operator.imatmul operator.iand operator.ior operator.ixor operator.ilshift
     operator.irshift operator.setitem operator.delitem""".split()
 )
+
+
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+
+
+@functools.cache
+def _pure(name: str) -> bool:
+    """Whether an operation (of no ``out=``) writes nowhere and changes no mode."""
+    return (
+        name.startswith(PURE_PREFIXES) and not name.startswith("torch.set_") and not _writes(name)
+    )
 
 
 def _writes(name: str) -> bool:
@@ -62,11 +74,11 @@ def _run(
     host: Host, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any
 ) -> Any:
     name = function if isinstance(function, str) else ""
-    target = resolve(name) if name else function
+    target = function_named(name) if name else function
     if privacy.any_private(host.used):
         return _run_private(host, name, target, args, kwargs, modes)
-    pure = name.startswith(PURE_PREFIXES) and not _writes(name) and "out" not in kwargs
-    if pure and modes is None and not name.startswith("torch.set_"):
+    pure = _pure(name) and "out" not in kwargs
+    if pure and modes is None:
         return target(*args, **kwargs)
     with contextlib.nullcontext() if pure else reshaping(host, name, kwargs):
         if modes is not None:
@@ -116,6 +128,8 @@ def put(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Run a function and answer with the result."""
     command = commands.Compute(*fields)
+    if command.ids:
+        command = command._replace(args=_with_objects(host, command.args, command.ids))
     private = [entry for entry in host.used if entry.domain.private]
     if private and command.function not in privacy.METADATA and not _asks_shape(command):
         raise privacy.refused(str(command.function), private[0].ids[0], host.spec.name)
@@ -152,14 +166,18 @@ def _lend(host: Host, sequence: int, value: Any) -> None:
     host.adopt(value)
     flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
-    host.reply(commands.Value(True, (flags, body)), sequence)
+    host.reply(commands.Value((flags | frames.EXPORTED, body)), sequence)
 
 
 def _answer(host: Host, sequence: int, value: Any) -> None:
+    if type(value) in _PLAIN:
+        host.reply(commands.Value((frames.PLAIN, value)), sequence)
+        return
     flags, body, exporter = host.encode(value)
     if exporter.exported:
         host.exports[sequence] = exporter
-    host.reply(commands.Value(exporter.exported, (flags, body)), sequence)
+        flags |= frames.EXPORTED
+    host.reply(commands.Value((flags, body)), sequence)
 
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -173,7 +191,7 @@ def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     cut = isinstance(entry.value, torch.Tensor) and entry.value.grad_fn is not None
     labels = (tuple(entry.tags), entry.description)
     answer = (flags, body, tuple(entry.ids), cut, _is_optimized(host, entry.value), labels)
-    host.reply(commands.Value(True, answer), frame.sequence)
+    host.reply(commands.Value(answer), frame.sequence)
 
 
 def _is_optimized(host: Host, module: Any) -> bool:
@@ -193,13 +211,13 @@ def import_(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     labels = {"tags": frozenset(command.tags), "description": command.description}
     host.store.free(command.slot)
     host.store.add(command.slot or frame.sequence, value, Domain(), **labels)
-    host.reply(commands.Value(False, None), frame.sequence)
+    host.reply(commands.Value(None), frame.sequence)
 
 
 def describe(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Answer with what kind of thing an object is."""
     entry = host.store.entry(commands.Describe(*fields).target)
-    host.reply(commands.Value(False, description(entry.value)), frame.sequence)
+    host.reply(commands.Value(description(entry.value)), frame.sequence)
 
 
 def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -212,11 +230,6 @@ def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
         value = getattr(value, step) if isinstance(step, str) else value[step]
     # A part is private whenever the whole is, also when that becomes so later, and vice versa.
     host.store.add(frame.sequence, value, entry.domain)
-
-
-def remove(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
-    """An object was taken home or moved."""
-    host.store.remove(commands.Remove(*fields).target)
 
 
 def free(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -266,9 +279,7 @@ def attach(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 def inspect(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Answer a question about the worker as a whole."""
     command = commands.Inspect(*fields)
-    host.reply(
-        commands.Value(False, INSPECTIONS[command.what](host, *command.args)), frame.sequence
-    )
+    host.reply(commands.Value(INSPECTIONS[command.what](host, *command.args)), frame.sequence)
 
 
 def stop(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -277,7 +288,7 @@ def stop(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 
 HANDLERS: tuple[Callable[[Host, Frame, tuple[Any, ...]], None], ...] = (
-    call, put, compute, fetch, export, import_, describe, part, remove, free, release, slot,
+    call, put, compute, fetch, export, import_, describe, part, free, release, slot,
     define, attach, inspect, stop,
 )  # fmt: skip
 """In the order of ``commands.COMMANDS``."""

@@ -20,6 +20,7 @@ from fedproc.memory.tensors import (
     Packer,
     Place,
     Table,
+    fresh,
     place_bytes,
     read_place,
     rebuild,
@@ -63,12 +64,16 @@ class Host:
         if frame.flags & frames.FREES:
             ids, body = frames.split_frees(frame.body)
             for oid in ids:
-                self.store.free(oid)
-            frame = frame._replace(body=body)
+                if oid & frames.WHOLE:
+                    self.store.remove(oid ^ frames.WHOLE)
+                else:
+                    self.store.free(oid)
+        else:
+            body = frame.body
         if frame.flags & frames.PLAIN:
-            fields: tuple[Any, ...] = pickle.loads(frame.body)
+            fields: tuple[Any, ...] = pickle.loads(body)
             return fields
-        return tuple(self.load(frame.body, frame.flags, PARENT))
+        return tuple(self.load(body, frame.flags, PARENT))
 
     def load(self, body: bytes, flags: int, source: str) -> Any:
         """Unpickle ``body``; its tensors lie in the arena named ``source``."""
@@ -98,7 +103,7 @@ class Host:
         if shared:
             target = torch.from_numpy(self.arena.lease(self.arena.allocate(nbytes)))
         else:
-            target = torch.empty(nbytes, dtype=torch.uint8)
+            target = fresh(nbytes)
         mapped = self.mapped.get(source)
         return read_place(place, mapped.view if mapped else _nowhere, target)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from fedproc.transport.channel import SPIN_SECONDS, look_out
 from fedproc.wire import commands
 from fedproc.wire.frames import Frame
 from fedproc.worker import failure, privacy
@@ -24,32 +25,36 @@ _RUNS = (commands.KIND[commands.Call], commands.KIND[commands.Compute])
 _QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
 _NO_RESULT = frozenset(
     commands.KIND[record]
-    for record in (commands.Remove, commands.Free, commands.Release, commands.Define,
-                   commands.Attach, commands.Stop)
+    for record in (
+        commands.Free, commands.Release, commands.Define, commands.Attach, commands.Stop
+    )
 )  # fmt: skip
 
 
-def serve(host: Host, turn: Turn | None = None) -> None:
+def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECONDS) -> None:
     """Serve until told to stop or the parent is gone.
 
     Args:
         host: the worker.
         turn: entered around every command (inline workers share the parent's generators).
+        spin_seconds: how long to look for the next command before sleeping.
     """
     channel = host.channel
     loop = Loop(host, turn)
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     while not (host.stopped or channel.ended):
-        if channel.unsent:
-            poll.modify(channel, select.POLLIN | select.POLLOUT)
-            poll.poll()
-            channel.flush()
-            poll.modify(channel, select.POLLIN)
-        else:
-            poll.poll()
+        if not look_out(poll, spin_seconds):  # while the parent prepares the next command
+            loop.report()
+            if channel.unsent:
+                poll.modify(channel, select.POLLIN | select.POLLOUT)
+                poll.poll()
+                channel.flush()
+                poll.modify(channel, select.POLLIN)
+            else:
+                poll.poll()
         channel.receive(loop.execute)
-        loop.report()
+    loop.report()
 
 
 class Loop:

@@ -72,7 +72,7 @@ def serve_inline(
     turns = Turns(derive(spec.seed, spec.name), spec.threads)
     host = _open(spec, channel, side, arena_fd, arena_size)
     if host is not None:
-        serve(host, turns.turn)
+        serve(host, turns.turn, spin_seconds=0.0)
         channel.flush()
         host.close()
 

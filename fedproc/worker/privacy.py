@@ -56,8 +56,9 @@ def result_domain(value: Any, used: Sequence[Entry], *, private: bool) -> Domain
     """The domain of a new result of a command that used these entries."""
     private = private or any_private(used)
     if isinstance(value, torch.Tensor):
+        memory = _memory(value)
         for entry in used:
-            if isinstance(entry.value, torch.Tensor) and _share(entry.value, value):
+            if memory and isinstance(entry.value, torch.Tensor) and _memory(entry.value) == memory:
                 if private:
                     entry.domain.taint()
                 return entry.domain
@@ -69,11 +70,12 @@ def result_domain(value: Any, used: Sequence[Entry], *, private: bool) -> Domain
     return Domain(private, sources)
 
 
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _memory(tensor: torch.Tensor) -> int:
+    """Address of its storage, which views share; 0 for none."""
     try:
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+        return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse and the like have no storage
-        return False
+        return 0
 
 
 class Watch:
