@@ -20,7 +20,8 @@ def run(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=110
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in done.stderr.splitlines() if not line.endswith("(extra: bench)")]
+    assert (done.returncode, told) == (0, [])  # a peer that is not installed is named there
     return done.stdout
 
 
