@@ -13,8 +13,9 @@ from fedproc.memory.tensors import Exporter
 from fedproc.remote.failures import Failures
 from fedproc.remote.site import Site
 from fedproc.wire import commands
-from fedproc.wire.frames import Frame
+from fedproc.wire.frames import Frame, ProtocolError
 
+_DONE = commands.KIND[commands.Done]
 _READY = commands.KIND[commands.Ready]
 _VALUE = commands.KIND[commands.Value]
 _REFUSAL = commands.KIND[commands.Refusal]
@@ -55,15 +56,21 @@ class Inbox:
     # ---- what has come
 
     def take(self, frame: Frame) -> None:
-        """Take in one reply."""
+        """Take in one reply.
+
+        Raises:
+            ProtocolError: it is none.
+        """
         number = frame.sequence
         if frame.kind == _FAILED:
-            self.failures.add(number, self._site(number), *pickle.loads(frame.body))
+            self.failures.add(number, self._site(number), *_fields(frame))
         elif frame.kind == _REFUSAL:
             self.failures.note_site(number, self._site(number))
             self._answered(number, frame)
         elif frame.kind in (_VALUE, _READY):
             self._answered(number, frame)
+        elif frame.kind != _DONE:
+            raise ProtocolError(f"no reply is of kind {frame.kind}")
         self.executed = max(self.executed, number)
         while self._sites and self._sites[0][0] <= self.executed:
             self._sites.popleft()
@@ -94,10 +101,11 @@ class Inbox:
 
         Raises:
             KeyError: there is none.
+            ProtocolError: it cannot be read.
             RemoteError, FedprocError: the query was refused.
         """
         frame = self._answers.pop(number)
-        fields = pickle.loads(frame.body)
+        fields = _fields(frame)
         if frame.kind == _REFUSAL:
             self.failures.refused(number, *fields)
         # the last field, of Value and of Ready alike
@@ -116,3 +124,14 @@ class Inbox:
         while self._exporters:
             self._exporters.popleft()[1].release()
         self._answers.clear()
+
+
+def _fields(frame: Frame) -> tuple[Any, ...]:
+    record = commands.REPLIES[frame.kind]
+    try:
+        return tuple(record(*pickle.loads(frame.body)))
+    except Exception as error:
+        raise ProtocolError(
+            f"the answer to command {frame.sequence} cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -196,7 +196,12 @@ class Link:
             raise
         if not self.inbox.has(number):
             self.check()
-        return self.inbox.open(number)
+        try:
+            return self.inbox.open(number)
+        except frames.ProtocolError as error:
+            self._garbled(error)
+            self.check()
+            raise
 
     def _late(self, what: str, timeout: float | None) -> CommandTimeoutError:
         return CommandTimeoutError(
@@ -221,17 +226,25 @@ class Link:
 
     def resume(self) -> None:
         """Take in what an interrupt left half taken."""
-        self.channel.resume(self.inbox.take)
+        try:
+            self.channel.resume(self.inbox.take)
+        except frames.ProtocolError as error:
+            self._garbled(error)
 
     def receive(self) -> None:
         """Take in what has arrived."""
         try:
             self.channel.receive(self.inbox.take)
         except frames.ProtocolError as error:
-            self.lose(f"the stream is out of step: {error}")
+            self._garbled(error)
             return
         if self.channel.ended:
             self.lose("its process ended")
+
+    def _garbled(self, error: frames.ProtocolError) -> None:
+        """The stream makes no sense: nothing this worker says can be believed any more."""
+        self.process.kill()
+        self.lose(f"its stream is out of step ({error}); its process was ended")
 
     # ---- borrowing
 

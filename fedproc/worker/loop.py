@@ -10,7 +10,7 @@ from typing import Any
 
 from fedproc.transport.channel import SPIN_SECONDS, look_out
 from fedproc.wire import commands
-from fedproc.wire.frames import Frame
+from fedproc.wire.frames import Frame, ProtocolError
 from fedproc.worker import failure, privacy
 from fedproc.worker.handlers import HANDLERS
 from fedproc.worker.host import Host
@@ -53,7 +53,12 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
                 poll.modify(channel, select.POLLIN)
             else:
                 poll.poll()
-        channel.receive(loop.execute)
+        try:
+            channel.receive(loop.execute)
+        except ProtocolError as error:
+            # What follows cannot be told from garbage: end, as if the parent had hung up.
+            sys.stderr.write(f"fedproc: worker {host.spec.name!r} ends: {error}\n")
+            return
     loop.report()
 
 
@@ -69,8 +74,14 @@ class Loop:
         self._unreported = 0
 
     def execute(self, frame: Frame) -> None:
-        """Execute one command; whatever it raises becomes a reply."""
+        """Execute one command; whatever it raises becomes a reply.
+
+        Raises:
+            ProtocolError: there is no such command.
+        """
         host = self._host
+        if frame.kind >= len(HANDLERS):
+            raise ProtocolError(f"no command is of kind {frame.kind}")
         if host.stopped or 0 < frame.sequence <= self._last:
             return  # numbers only rise: an interrupted parent may have written a frame twice
         started = time.perf_counter()
