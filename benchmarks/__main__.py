@@ -1,7 +1,7 @@
 """Runs the benchmarks, each in a process of its own; writes JSON and prints all tables at the end.
 
 python -m benchmarks [--quick] [--out FILE] [start] [overlap] [ops] [tensors]
-                     [exact] [mcmahan]
+                     [exact] [mcmahan] [soak] [pointers]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import psutil
 from benchmarks.measure import ROOT, Row, machine, table
 
 NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan", "clients")
+LONG = ("soak", "pointers")  # minutes each: only when named
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,12 +52,13 @@ def cpu_seconds() -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {NAMES}; default: all")
+    which = f"of {NAMES}, the default, and {LONG}"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=which)
     parser.add_argument("--quick", action="store_true", help="small and few: shows that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/TIME")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(f"no benchmark is called {sorted(unknown)}; there are {NAMES}")
+    if unknown := set(options.names) - {*NAMES, *LONG}:
+        parser.error(f"no benchmark is called {sorted(unknown)}; there are {NAMES + LONG}")
     stamp = machine()
     out = options.out or RESULTS / f"{str(stamp['time']).replace(':', '')}.json"
     found: dict[str, Finding] = {}

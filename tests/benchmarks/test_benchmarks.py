@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[\d,]+(?:\.\d+)?"
 LINE = re.compile(rf"^(.+?) +({NUMBER}) +({NUMBER}) +({NUMBER})  (\S+) +(\d+)$", re.MULTILINE)
-UNITS = {"s", "ms", "us", "MiB", "GB/s", "x"}
+UNITS = {"s", "ms", "us", "MiB", "GB/s", "x", "ids", "count"}
 SHA256 = re.compile(r"\b[0-9a-f]{64}$", re.MULTILINE)
 
 
@@ -27,7 +27,9 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("name", "rows"), [("start", 7), ("overlap", 5), ("tensors", 11)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("start", 7), ("overlap", 5), ("tensors", 11), ("pointers", 9), ("soak", 18)]
+)
 def test_prints_a_table_of_numbers(name, rows):
     title, rule, *lines = run(f"benchmarks.{name}", "--quick").splitlines()
     assert title.split() == [name, "median", "quartiles", "unit", "runs"]
