@@ -58,9 +58,13 @@ def benchmark(quick: bool) -> list[Row]:
         row("  left in the worker's table", "ids", [float(left)]),
         row("  left in the parent's table", "ids", [float(handles)]),
         row("  worker's shared memory at the end", "MiB", [float(arena)], scale=1 / MIB),
-        row("  private memory of the parent after the first tenth", "MiB", parent[:1], scale=1 / MIB),
+        row(
+            "  private memory of the parent after the first tenth", "MiB", parent[:1], scale=1 / MIB
+        ),
         row("    after the last", "MiB", parent[-1:], scale=1 / MIB),
-        row("  private memory of the worker after the first tenth", "MiB", there[:1], scale=1 / MIB),
+        row(
+            "  private memory of the worker after the first tenth", "MiB", there[:1], scale=1 / MIB
+        ),
         row("    after the last", "MiB", there[-1:], scale=1 / MIB),
     ]
 

@@ -19,7 +19,7 @@ import copy
 import itertools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedproc.errors import ClosedError, CommandTimeoutError, FedprocError, WorkerLostError
@@ -226,25 +226,24 @@ class Link:
 
     def resume(self) -> None:
         """Take in what an interrupt left half taken."""
-        try:
-            self.channel.resume(self.inbox.take)
-        except frames.ProtocolError as error:
-            self._garbled(error)
+        self._take_in(self.channel.resume)
 
     def receive(self) -> None:
         """Take in what has arrived."""
-        try:
-            self.channel.receive(self.inbox.take)
-        except frames.ProtocolError as error:
-            self._garbled(error)
-            return
+        self._take_in(self.channel.receive)
         if self.channel.ended:
             self.lose("its process ended")
 
+    def _take_in(self, read: Callable[[Callable[[frames.Frame], None]], None]) -> None:
+        try:
+            read(self.inbox.take)
+        except frames.ProtocolError as error:
+            self._garbled(error)
+
     def _garbled(self, error: frames.ProtocolError) -> None:
-        """The stream makes no sense: nothing this worker says can be believed any more."""
+        """Nothing that the worker says can be believed any more."""
         self.process.kill()
-        self.lose(f"its stream is out of step ({error}); its process was ended")
+        self.lose(f"its stream is out of step ({error}), so it was ended")
 
     # ---- borrowing
 
