@@ -40,7 +40,7 @@ from fedproc.transport.process import zygote_pid
 
 WORKERS, CLIENTS, ROWS = 4, 24, 40
 STEP_SECONDS = 0.02  # a client takes a moment, so that many are hit while they train
-DEADLINE_SECONDS = 15.0
+DEADLINE_SECONDS = 5.0
 KILL_SECONDS, STOP_SECONDS, PAUSE_SECONDS = 2.0, 5.0, 1.0
 MIB = 2**20
 

@@ -263,6 +263,24 @@ def test_a_worker_that_writes_garbage_is_lost_and_the_others_go_on(reply):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("cut", [1, frames.HEADER.size - 1, frames.HEADER.size, -1])
+def test_a_stream_that_ends_inside_a_frame_is_a_lost_worker(cut):
+    reply = frames.pack(commands.KIND[commands.Value], frames.PLAIN, 1, b"the answer")
+    with fp.Cluster(["bob"], transport="inline") as cluster:
+        (bob,) = cluster
+        wire = Wire()
+        theirs, bob.link.channel._sock = bob.link.channel._sock, wire.channel._sock
+        bob.link.hub.remove(bob.link)
+        bob.link.hub.add(bob.link)
+        wire.there.sendall(reply[:cut])
+        assert bob.alive
+        wire.there.close()
+        ended(bob)
+        theirs.close()
+        wire.close()
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("body", BODIES)
 def test_an_answer_that_cannot_be_read_is_a_lost_worker(body):
     with fp.Cluster(["bob"], transport="inline") as cluster:

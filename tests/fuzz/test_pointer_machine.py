@@ -394,6 +394,8 @@ def shape_size(shape):
 
 
 @pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # a busy machine takes many times as long as a quiet one
 @pytest.mark.parametrize(("transport", "examples"), [("inline", 30), ("process", 6)])
 def test_pointers_live_as_the_model_says(transport, examples):
     with fp.Cluster(NAMES, transport=transport, restart=True) as cluster:

@@ -208,4 +208,4 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 ArenaMachine.TestCase.settings = amount(40, 40)
-TestArena = ArenaMachine.TestCase
+TestArena = pytest.mark.timeout(240)(ArenaMachine.TestCase)
