@@ -133,9 +133,10 @@ class Model:
 
     def clear(self, site: Place) -> None:
         """A worker forgot everything."""
+        owned = {one.handle for one in self.reached() if one.owns}
         for handle in self.handles:
             if handle.thing.site is site:
-                handle.gone |= not handle.dead
+                handle.gone |= handle in owned
                 handle.dead = True
         for one in self.reached():
             if one.slot and one.slot.site is site:
