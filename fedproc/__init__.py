@@ -85,7 +85,8 @@ _NAMES = {
     "federated.loader": "FederatedDataLoader",
     "federated.strategies": """FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi
         GeometricMedian Krum Median Scaffold TrimmedMean""",
-    "remote.group": "PointerGroup as_completed gather group",
+    "remote.completed": "as_completed",
+    "remote.group": "PointerGroup gather group",
     "remote.hook": "hook_torch unhook_torch",
     "remote.module": "ModulePointer",
     "remote.object": "ObjectPointer",

@@ -12,7 +12,8 @@ from fedproc.cluster.supervision import Supervisor, make_transport
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
 from fedproc.memory.pages import usable_cores
 from fedproc.remote import reading
-from fedproc.remote.group import PointerGroup, as_completed
+from fedproc.remote.completed import as_completed
+from fedproc.remote.group import PointerGroup
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.worker import Worker
 from fedproc.transport.base import WorkerSpec

@@ -1,8 +1,8 @@
-"""The error for a worker whose process has ended. Runs in the parent."""
+"""The errors for a worker that has ended, or does not answer. Runs in the parent."""
 
 import signal
 
-from fedproc.errors import WorkerLostError
+from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError
 
 _BY_SIGKILL = " (the kernel does this when memory runs out: see `dmesg`)"
 
@@ -18,6 +18,30 @@ def lost(
         worker=worker,
         exitcode=code,
         last_command=unfinished[0] if unfinished else None,
+    )
+
+
+def late(worker: str, what: str, timeout: float | None) -> CommandTimeoutError:
+    """An answer that did not come in time."""
+    return CommandTimeoutError(
+        f"{what}: worker {worker!r} was not done within {timeout:g} s. The command goes on "
+        "and the object is unchanged: ask again, or end the worker with worker.kill()."
+    )
+
+
+def closed(worker: str) -> ClosedError:
+    """The cluster was closed."""
+    return ClosedError(
+        f"the cluster of worker {worker!r} is closed; its objects are gone. "
+        "Fetch what you need before the end of the `with` block."
+    )
+
+
+def forked(worker: str, owner: int) -> ClosedError:
+    """Used in a child of the process that has the cluster."""
+    return ClosedError(
+        f"worker {worker!r} belongs to process {owner}, from which this one was "
+        "forked. Make a Cluster of its own in the child."
     )
 
 

@@ -1,10 +1,10 @@
-"""Several pointers at once: groups, gather, as_completed. Runs in the parent."""
+"""Several pointers at once: groups and gather. Runs in the parent."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from fedproc.errors import CommandTimeoutError, PlacementError
+from fedproc.errors import PlacementError
 from fedproc.remote import reading
 from fedproc.remote.calls import torch_function
 from fedproc.remote.operations import function_name
@@ -235,43 +235,6 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
     if errors:
         raise errors[0]
     return values
-
-
-def as_completed(pointers: Iterable[Pointer], timeout: float | None = None) -> Iterator[Pointer]:
-    """Yield the pointers in the order in which they are done; failed ones too.
-
-    Raises:
-        CommandTimeoutError: ``timeout`` seconds have passed and some are not done.
-    """
-    waiting = list(pointers)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    for pointer in waiting:
-        pointer._data().link.flush()
-    while waiting:
-        states = [(pointer, _is_done(pointer)) for pointer in waiting]
-        ready = [pointer for pointer, done in states if done]
-        waiting = [pointer for pointer, done in states if not done]
-        yield from ready
-        if waiting and not ready:
-            left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not _wait_for_one(waiting, left):
-                raise CommandTimeoutError(
-                    f"as_completed: {len(waiting)} of the pointers were not done within "
-                    f"{timeout:g} s. They go on; ask again."
-                )
-
-
-def _wait_for_one(waiting: list[Pointer], timeout: float | None) -> bool:
-    handles = [pointer._data() for pointer in waiting]
-    for handle in handles:
-        handle.link.refuse_deadlock(handle.number)
-    hub = handles[0].link.hub
-    return hub.wait_until(lambda: any(_is_done(pointer) for pointer in waiting), timeout)
-
-
-def _is_done(pointer: Pointer) -> bool:
-    handle = pointer._data()
-    return handle.gone is not None or handle.link.executed(handle.number)
 
 
 def group(*pointers: Pointer) -> PointerGroup:

@@ -3,7 +3,7 @@
 There is no reader thread: the thread that waits reads, for everybody (*leader*); others that wait
 meanwhile (*followers*) are woken when something has arrived, and one of them takes over when the
 leader has what it wanted. A janitor thread does what nobody waits for: it writes the tail of a
-burst of commands, and sends the frees of dropped pointers.
+burst of commands, and sends the frees of dropped pointers. For event loops a *herald* waits.
 
 Ctrl-C may raise KeyboardInterrupt in the main thread after any call, also after one that has just
 taken a lock. So locks are taken by ``with`` on the lock itself (one step of the interpreter), or
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fedproc.transport.channel import SPIN_SECONDS, look_out
+from fedproc.remote.herald import Herald
 
 TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
@@ -75,6 +76,7 @@ class Hub:
         self._bell.acquire()
         self._closing = False
         self._janitor: threading.Thread | None = None
+        self.herald = Herald(self)
 
     def add(self, link: Readable) -> None:
         """Read for ``link`` from now on."""
@@ -193,8 +195,9 @@ class Hub:
                     link.look_after()
 
     def close(self) -> None:
-        """End the janitor."""
+        """End the janitor and the herald."""
         self._closing = True
+        self.herald.close()
         self.tail()
         janitor, self._janitor = self._janitor, None
         if janitor is not None and janitor is not threading.current_thread():

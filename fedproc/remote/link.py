@@ -22,9 +22,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fedproc.errors import ClosedError, CommandTimeoutError, FedprocError, WorkerLostError
+from fedproc.errors import FedprocError, WorkerLostError
 from fedproc.memory.arena import Arena, Mapped
-from fedproc.remote.ending import lost
+from fedproc.remote.ending import closed, forked, late, lost
 from fedproc.remote.handle import Handle
 from fedproc.remote.hub import Hub
 from fedproc.remote.inbox import Inbox
@@ -169,7 +169,7 @@ class Link:
         self.refuse_deadlock(number)
         self.flush()
         if not self.hub.wait_until(lambda: self.executed(number), timeout):
-            raise self._late(what, timeout)
+            raise late(self.name, what, timeout)
         if self.inbox.executed < number:
             self.check()
 
@@ -190,7 +190,7 @@ class Link:
             if not self.hub.wait_until(
                 lambda: self.inbox.has(number) or self.end is not None, timeout
             ):
-                raise self._late(what, timeout)
+                raise late(self.name, what, timeout)
         except BaseException:
             self.inbox.abandon(number)
             raise
@@ -203,15 +203,9 @@ class Link:
             self.check()
             raise
 
-    def _late(self, what: str, timeout: float | None) -> CommandTimeoutError:
-        return CommandTimeoutError(
-            f"{what}: worker {self.name!r} was not done within {timeout:g} s. The command goes on "
-            "and the object is unchanged: ask again, or end the worker with worker.kill()."
-        )
-
-    def refuse_deadlock(self, number: int) -> None:
-        """Refuse to wait for what waits for a borrow of this thread (see ``Outbox``)."""
-        self.outbox.refuse_deadlock(number, self.name)
+    def refuse_deadlock(self, number: int, *, awaiting: bool = False) -> None:
+        """Refuse to wait for what waits for a borrow of this thread or task (see ``Outbox``)."""
+        self.outbox.refuse_deadlock(number, self.name, awaiting=awaiting)
 
     # ---- receiving (the leader of the hub)
 
@@ -249,6 +243,7 @@ class Link:
 
     def lend(self, borrow: Borrow, message: Message, site: Site) -> None:
         """Send a query that exports memory; from it on, commands that may write wait."""
+        self.check_process()
         with self.outbox.lock:  # nobody gets a write in between
             self.outbox.lend(borrow, self.submit(message, site, urgent=True))
 
@@ -277,14 +272,15 @@ class Link:
             ClosedError: closed, or this is a forked child.
             WorkerLostError: the worker's process ended.
         """
-        if self.owner != os.getpid():
-            raise ClosedError(
-                f"worker {self.name!r} belongs to process {self.owner}, from which this one was "
-                "forked. Make a Cluster of its own in the child."
-            )
+        self.check_process()
         if self.end is not None:
             self.lost_seen = True
             raise copy.copy(self.end)
+
+    def check_process(self) -> None:
+        """Refuse the use in a forked child (ClosedError): the workers are the parent's."""
+        if self.owner != os.getpid():
+            raise forked(self.name, self.owner)
 
     def lose(self, why: str) -> None:
         """The worker is gone: everything pending on it has failed."""
@@ -306,10 +302,7 @@ class Link:
         """The cluster was closed: whoever uses a pointer is told so."""
         with self.outbox.lock:
             if self.end is None:
-                self.end = ClosedError(
-                    f"the cluster of worker {self.name!r} is closed; its objects are gone. "
-                    "Fetch what you need before the end of the `with` block."
-                )
+                self.end = closed(self.name)
         self._let_go()
         self.hub.remove(self)
 
@@ -331,8 +324,7 @@ class Link:
 
     def kill(self) -> None:
         """End the process now; its end is noticed like any other."""
-        if self.owner != os.getpid():
-            self.check()
+        self.check_process()
         self.process.kill()
         self.hub.wait_until(lambda: self.end is not None, LOST_SECONDS)
 

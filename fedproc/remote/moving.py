@@ -13,7 +13,6 @@ from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.outbox import Borrow
-from fedproc.remote.pointer import warn_cut
 from fedproc.remote.site import Site, caller
 from fedproc.wire import commands
 
@@ -111,3 +110,14 @@ def _attach(source: Link, target: Link) -> None:
     size = source.mapped.size_bytes
     target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
     target.attached.add(source.arena_name)
+
+
+def warn_cut(what: str) -> None:
+    """A tensor with autograd history lost it."""
+    warnings.warn(
+        f"{what}: the tensor is the result of an operation and needs gradients; the graph is cut: "
+        "its history stays behind, so backward() does not reach what it was computed from. Send "
+        "leaves, or detach().",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -5,12 +5,14 @@ The frees of dropped pointers ride in front of the next command: by then everyth
 is in the stream already.
 """
 
+import asyncio
 import itertools
 import pickle
 import threading
 import time
 import weakref
 from collections import deque
+from typing import Any
 
 from fedproc.errors import FedprocError
 from fedproc.remote.handle import Handle
@@ -41,6 +43,7 @@ class Borrow:
         self.writable = False
         self.exported = True  # blocks of the worker, as far as is known
         self.thread = threading.get_ident() if scoped else None
+        self.task = _current_task() if scoped else None
 
     def begin(self, outbox: "Outbox", query: int) -> None:
         """The query is sent: ``query`` is its number."""
@@ -219,8 +222,10 @@ class Outbox:
         # Number 0: it overtakes what a borrow holds back, so it must not count as progress.
         self._channel.append(frames.pack(_RELEASE, frames.PLAIN, 0, body))
 
-    def refuse_deadlock(self, number: int, worker: str) -> None:
+    def refuse_deadlock(self, number: int, worker: str, *, awaiting: bool = False) -> None:
         """Refuse to wait in a borrow block for what waits for the end of that block.
+
+        A task that awaits leaves its thread to the others: only its own blocks would wait for it.
 
         Raises:
             FedprocError: this would wait for ever.
@@ -228,8 +233,11 @@ class Outbox:
         held = self._held
         if not held or number < held[0][0]:
             return
-        readers = [ref() for ref in self._borrows if _reads(ref)]
-        if any(reader and reader.thread == threading.get_ident() for reader in readers):
+        readers = [borrow for ref in self._borrows if (borrow := ref()) and borrow.holds]
+        mine = [borrow for borrow in readers if borrow.thread == threading.get_ident()]
+        if awaiting:
+            mine = [borrow for borrow in mine if borrow.task is _current_task()]
+        if mine:
             raise FedprocError(
                 f"this would wait for ever: the command on worker {worker!r} may write, so it "
                 "waits for the end of the `with pointer.borrow()` block it is waited for in. Use "
@@ -239,6 +247,13 @@ class Outbox:
     def close(self) -> None:
         """Nothing goes out any more."""
         self._held.clear()
+
+
+def _current_task() -> "asyncio.Task[Any] | None":
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
 
 
 def _reads(reference: "weakref.ref[Borrow]") -> bool:

@@ -7,7 +7,7 @@ operations on it run where the data is.
 """
 
 import contextlib
-import warnings
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -162,6 +162,14 @@ class Pointer(metaclass=Kind):
         """
         return reading.value(self._handle, "fetch", timeout)
 
+    def __await__(self) -> Generator[Any, None, Any]:
+        """``await pointer`` is ``fetch()`` on a running event loop: other tasks run meanwhile.
+
+        As ``fetch`` it takes nothing away, so cancelling it (``asyncio.timeout``) loses nothing
+        and it can be repeated. The kind of a pending pointer is not asked for.
+        """
+        return reading.awaited(self).__await__()
+
     def borrow(self) -> "contextlib.AbstractContextManager[torch.Tensor]":
         """Lend the tensor's memory: ``with p.borrow() as t:``.
 
@@ -287,14 +295,3 @@ def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
     """A pointer that owns the new object ``oid``."""
     handle = register(Handle(link, oid))
     return make(cls, handle, Owner(handle))
-
-
-def warn_cut(what: str) -> None:
-    """A tensor with autograd history lost it."""
-    warnings.warn(
-        f"{what}: the tensor is the result of an operation and needs gradients; the graph is cut: "
-        "its history stays behind, so backward() does not reach what it was computed from. Send "
-        "leaves, or detach().",
-        UserWarning,
-        stacklevel=4,
-    )

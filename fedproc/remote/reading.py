@@ -11,6 +11,7 @@ import torch
 from fedproc.memory.arena import Block
 from fedproc.memory.tensors import Place, Table, fresh, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
+from fedproc.remote.herald import executed
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.outbox import Borrow
@@ -50,6 +51,23 @@ def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) 
 def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
     """A private copy of a remote value."""
     return finish(handle.link, start(handle, what), what, timeout)
+
+
+async def awaited(pointer: "Pointer") -> Any:
+    """A private copy of a remote value, waited for on the running event loop.
+
+    Takes the pointer, not its handle: ``await worker.run(...)`` drops it before this begins. The
+    copying (a fraction of a second per gigabyte) is done in the thread of the loop.
+    """
+    handle = pointer._handle
+    link, borrow = handle.link, start(handle, "await")
+    try:
+        await executed(link, borrow.query)
+    except BaseException:  # cancelled: the answer is of no use to anybody
+        link.inbox.abandon(borrow.query)
+        link.give_back(borrow)
+        raise
+    return finish(link, borrow, "await")
 
 
 @contextlib.contextmanager

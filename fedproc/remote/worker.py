@@ -15,10 +15,11 @@ from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.module import ModulePointer
+from fedproc.remote.moving import warn_cut
 from fedproc.remote.object import ObjectPointer
 from fedproc.remote.operations import function_name
 from fedproc.remote.pending import PendingPointer
-from fedproc.remote.pointer import Pointer, make, owned, warn_cut
+from fedproc.remote.pointer import Pointer, make, owned
 from fedproc.remote.site import caller
 from fedproc.remote.tensor import TensorPointer
 from fedproc.wire import commands, frames
