@@ -20,6 +20,7 @@ from typing import Protocol
 
 from fedproc.transport.channel import SPIN_SECONDS, look_out
 from fedproc.remote.herald import Herald
+from fedproc.remote.stalls import Stalls
 
 TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
@@ -77,6 +78,7 @@ class Hub:
         self._closing = False
         self._janitor: threading.Thread | None = None
         self.herald = Herald(self)
+        self._stalls = Stalls()
 
     def add(self, link: Readable) -> None:
         """Read for ``link`` from now on."""
@@ -193,6 +195,7 @@ class Hub:
                 again |= not link.flush()
                 if idle:  # it asks the system; a burst has better things to do
                     link.look_after()
+            self._stalls.look(self._links.values())
 
     def close(self) -> None:
         """End the janitor and the herald."""

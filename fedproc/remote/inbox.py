@@ -49,6 +49,13 @@ class Inbox:
         """How many commands are on their way, as far as is known."""
         return len(self._sites)
 
+    def oldest(self) -> tuple[int, Site, str] | None:
+        """Number, place and name of the oldest command that is not known to be executed."""
+        try:
+            return self._sites[0]
+        except IndexError:
+            return None
+
     def unfinished(self) -> list[str]:
         """What the worker was asked and has not done, oldest first."""
         return [what for number, _, what in self._sites.copy() if number > self.executed]

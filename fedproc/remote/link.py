@@ -18,6 +18,7 @@ restarted worker has a new link: what belongs to the old one can be told from it
 import copy
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,6 +72,7 @@ class Link:
         self.lost_seen = True
         self.lockstep: float | None = 0.0
         self.closing = False  # the cluster ends: a dead process is no news
+        self.asking = threading.Lock()  # whoever reads its stack
         self._dead_looks = 0
 
     # ---- submitting

@@ -191,6 +191,13 @@ class Outbox:
         """Whether commands wait for the end of a borrow; to be asked with the lock."""
         return bool(self._held)
 
+    def holds_back(self, number: int) -> bool:
+        """Whether command ``number`` waits for the end of a borrow; needs no lock."""
+        try:
+            return number >= self._held[0][0]
+        except IndexError:
+            return False
+
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
         query = borrow.query
@@ -230,8 +237,7 @@ class Outbox:
         Raises:
             FedprocError: this would wait for ever.
         """
-        held = self._held
-        if not held or number < held[0][0]:
+        if not self.holds_back(number):
             return
         readers = [borrow for ref in self._borrows if (borrow := ref()) and borrow.holds]
         mine = [borrow for borrow in readers if borrow.thread == threading.get_ident()]

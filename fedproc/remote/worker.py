@@ -21,6 +21,7 @@ from fedproc.remote.operations import function_name
 from fedproc.remote.pending import PendingPointer
 from fedproc.remote.pointer import Pointer, make, owned
 from fedproc.remote.site import caller
+from fedproc.remote.stalls import STACK_SECONDS, stack
 from fedproc.remote.tensor import TensorPointer
 from fedproc.wire import commands, frames
 
@@ -86,6 +87,21 @@ class Worker:
     def kill(self) -> None:
         """SIGKILL, for tests: the process and its children end at once."""
         self.link.kill()
+
+    def stack(self, timeout: float = STACK_SECONDS) -> str:
+        """The Python stack of the thread that runs commands, innermost call first; busy or idle.
+
+        A command that runs longer than 30 s is logged with its stack as a warning of the logger
+        ``fedproc``; the environment variable ``FEDPROC_STALL_SECONDS`` changes that (0: never).
+
+        Args:
+            timeout: seconds; a process that is stopped shows nothing.
+
+        Raises:
+            CommandTimeoutError: nothing was shown within ``timeout``.
+            WorkerLostError, ClosedError: it has ended.
+        """
+        return stack(self.link, timeout)
 
     # ---- objects
 

@@ -37,6 +37,12 @@ class Process(Protocol):
     def kill(self) -> None:
         """End it and its children now (SIGKILL)."""
 
+    def ask_stack(self) -> str | None:
+        """The Python stack of a thread; None: the process will write its own to the side socket.
+
+        Writes ``Stack (most recent call first):`` and a line per call, innermost first.
+        """
+
 
 class Connection(NamedTuple):
     """A started worker."""

@@ -7,7 +7,9 @@ knows nothing of what a worker does.
 import importlib
 import os
 import socket
+import sys
 import threading
+import traceback
 
 from fedproc.transport.base import Connection, WorkerSpec
 from fedproc.transport.channel import Channel
@@ -37,6 +39,13 @@ class InlineProcess:
     def kill(self) -> None:
         """Hang up; a command that runs now is the last."""
         self._channel.hang_up()
+
+    def ask_stack(self) -> str:
+        """Of the thread, as ``faulthandler`` writes it."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        calls = reversed(traceback.extract_stack(frame)) if frame is not None else ()
+        lines = [f'  File "{c.filename}", line {c.lineno} in {c.name}\n' for c in calls]
+        return "".join(["Stack (most recent call first):\n", *lines])
 
 
 class InlineTransport:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproc.errors import WorkerStartError
+from fedproc.transport import stacksignal
 from fedproc.transport.base import Connection, WorkerSpec
 from fedproc.transport.channel import Channel
 from fedproc.transport.zygote import Zygote, execute, zygote_for, zygote_pid
@@ -49,6 +50,10 @@ class ForkedProcess:
         self._zygote.kill(self.pid)
         self._lifeline.close()
 
+    def ask_stack(self) -> None:
+        """Have it written to the side socket."""
+        self._zygote.ask_stack(self.pid)
+
 
 class ExecutedProcess:
     """A worker executed on its own."""
@@ -77,6 +82,11 @@ class ExecutedProcess:
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
         self._lifeline.close()
+
+    def ask_stack(self) -> None:
+        """Have it written to the side socket."""
+        if self._process.poll() is None:
+            stacksignal.send(self.pid)
 
 
 class _Lifeline:

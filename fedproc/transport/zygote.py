@@ -131,6 +131,12 @@ class Zygote:
         with contextlib.suppress(OSError):  # no zygote: nobody reaps, so the number is still its
             os.killpg(pid, signal.SIGKILL)
 
+    def ask_stack(self, pid: int) -> None:
+        """Have a worker write its stack to its side socket."""
+        data = pickle.dumps(("stack", pid))
+        with self._lock, contextlib.suppress(OSError):
+            self._control.sendall(_LENGTH.pack(len(data)) + data)
+
     def exitcode(self, pid: int, timeout: float) -> int | None:
         """Exit code of a worker, waiting for its end up to ``timeout`` seconds."""
         self._pump_until(lambda: pid in self._exits, time.monotonic() + timeout)

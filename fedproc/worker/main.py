@@ -16,6 +16,7 @@ import torch
 
 from fedproc.transport.base import WorkerSpec
 from fedproc.transport.channel import Channel
+from fedproc.transport.stacksignal import STACK_SIGNAL
 from fedproc.wire import frames
 from fedproc.wire.commands import KIND, Failed, Ready
 from fedproc.worker import failure
@@ -59,6 +60,8 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     seed_all(derive(spec.seed, spec.name))
     channel = Channel(socket.socket(fileno=given.data))
     side = socket.socket(fileno=given.side)
+    # Of the thread it interrupts only: others would run on while their stacks are read.
+    faulthandler.register(STACK_SIGNAL, file=given.side, all_threads=False)
     host = _open(spec, channel, side, given.arena, around.arena_size)
     if host is not None:
         serve(host)

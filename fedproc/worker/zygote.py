@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedproc.transport import stacksignal
 from fedproc.worker.lifeline import hold_lifeline, let_go
 
 LENGTH = struct.Struct("<I")
@@ -140,9 +141,9 @@ class Zygote:
             _send(self._control, ("exit", pid, os.waitstatus_to_exitcode(status)))
 
     def _handle(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        if message[0] == "kill":
-            if message[1] in self._children:
-                _kill_group(message[1])
+        if message[0] in ("kill", "stack"):
+            if message[1] in self._children:  # not reaped: the number is still its
+                (_kill_group if message[0] == "kill" else stacksignal.send)(message[1])
             return
         pid = os.fork()
         if pid == 0:
