@@ -30,7 +30,7 @@ from collections.abc import Callable
 from signal import Signals
 from typing import Any
 
-_GROUP: type = getattr(builtins, "BaseExceptionGroup", type(None))
+_GROUP: type = getattr(builtins, "ExceptionGroup", type(None))
 """Python 3.11 has exception groups."""
 
 
@@ -162,7 +162,13 @@ def remote_error(
         facts: attributes to set (``worker``, ``issued_at``, ``remote_traceback`` and those of
             the original instance).
     """
-    error = _restore_remote(original, (message,), facts)
+    args: tuple[Any, ...] = (message,)
+    if original is not None and issubclass(original, _GROUP):
+        # The parts travel as attributes. Without them (one cannot be pickled) there is no group.
+        facts = dict(facts)
+        parts = facts.pop("exceptions", ())
+        args, original = ((message, parts), original) if parts else (args, None)
+    error = _restore_remote(original, args, facts)
     assert isinstance(error, RemoteError)
     return error
 
@@ -194,8 +200,8 @@ def _restore(
 
 @functools.lru_cache(maxsize=256)
 def _remote_class(original: type[BaseException]) -> type[RemoteError]:
-    if not issubclass(original, Exception) or issubclass(original, _GROUP):
-        return RemoteError  # an ExceptionGroup cannot be made without its parts
+    if not issubclass(original, Exception):
+        return RemoteError
     if issubclass(original, RemoteError):
         return original
     namespace = {

@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from fedproc.errors import PlacementError
+from fedproc.errors import ArenaFullError, PlacementError
 from fedproc.remote import reading
 from fedproc.remote.calls import torch_function
+from fedproc.remote.link import Link
 from fedproc.remote.operations import function_name
 from fedproc.remote.operators import with_operators
+from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import Pointer
 from fedproc.wire.names import resolve
 
@@ -213,28 +215,42 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
         CommandTimeoutError: not all done within ``timeout`` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    asked: list[Any] = []
-    for pointer in list(pointers):
-        try:
-            handle = pointer._data()
-            asked.append((handle.link, reading.start(handle, "gather")))
-        except Exception as error:  # noqa: BLE001 - raised below, when all have been waited for
-            asked.append(error)
-    values: list[Any] = []
-    errors: list[Exception] = []
-    for one in asked:
-        if isinstance(one, Exception):
-            errors.append(one)
-            continue
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            link, borrow = one
-            values.append(reading.finish(link, borrow, "gather", left))
-        except Exception as error:  # noqa: BLE001 - raised below, when all have been waited for
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    wanted = list(pointers)
+    asked = [_ask(pointer) for pointer in wanted]
+    values = [_gathered(one, deadline) for one in asked]
+    for place, value in enumerate(values):
+        # All together had no room in the worker's memory; the others have left by now.
+        if type(value) is _Failed and isinstance(value.error, ArenaFullError):
+            values[place] = _gathered(_ask(wanted[place]), deadline)
+    for value in values:
+        if type(value) is _Failed:
+            raise value.error
     return values
+
+
+class _Failed:
+    """In place of a value; an exception may itself be a value."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _ask(pointer: Pointer) -> "tuple[Link, Borrow] | _Failed":
+    try:
+        handle = pointer._data()
+        return handle.link, reading.start(handle, "gather")
+    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
+        return _Failed(error)
+
+
+def _gathered(asked: "tuple[Link, Borrow] | _Failed", deadline: float | None) -> Any:
+    if isinstance(asked, _Failed):
+        return asked
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        return reading.finish(*asked, "gather", left)
+    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
+        return _Failed(error)
 
 
 def group(*pointers: Pointer) -> PointerGroup:

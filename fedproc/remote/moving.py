@@ -76,7 +76,12 @@ def _carry(
             if target.outbox.holding and not copy:
                 return None
             number = target.submit(plain(record, "move"), site, urgent=True)
-        target.answer(number, "move")
+        try:
+            target.answer(number, "move")
+        except BaseException:
+            if not slot:  # whatever comes of it later, nobody has a pointer to it
+                target.trash.append(number)
+            raise
     finally:
         source.give_back(borrow)
     return number, ids, cut, optimizer

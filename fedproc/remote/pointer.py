@@ -95,6 +95,7 @@ class Pointer(metaclass=Kind):
         handle = self._handle
         handle.check()
         link = handle.link
+        link.check_process()
         if not link.executed(handle.number):
             link.flush()
             link.hub.look()
@@ -143,16 +144,18 @@ class Pointer(metaclass=Kind):
         handle = self._handle
         handle.take()
         try:
-            value = reading.value(handle, "get", timeout)
+            value, ids = reading.taken(handle, timeout)
         except BaseException:
             handle.taken = False
             raise
         handle.link.outbox.remove(handle.oid)
-        handle.link.outbox.handles.pop(handle.oid, None)
-        handle.gone = (
+        gone = (
             f"object {handle.oid} was brought home from worker {handle.link.name!r} with get(): "
             "it is not there any more. Use the value that get() returned, or fetch() next time."
         )
+        for each in (handle, *filter(None, map(handle.link.handle, ids))):
+            each.gone = gone
+        handle.link.outbox.handles.pop(handle.oid, None)
         return value
 
     def fetch(self, timeout: float | None = None) -> Any:

@@ -40,10 +40,17 @@ def _ask(
 
 def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
     """The value asked for, copied into memory of this process."""
+    return _finish(link, borrow, what, timeout)[0]
+
+
+def _finish(
+    link: Link, borrow: Borrow, what: str, timeout: float | None
+) -> tuple[Any, tuple[int, ...]]:
+    """The value, and all ids of the object."""
     try:
-        flags, body = link.answer(borrow.query, what, timeout)
+        flags, body, ids = link.answer(borrow.query, what, timeout)
         borrow.exported = bool(flags & frames.EXPORTED)
-        return _decode(flags, body, lambda place: _copied(link, place))
+        return _decode(flags, body, lambda place: _copied(link, place)), ids
     finally:
         link.give_back(borrow)
 
@@ -51,6 +58,11 @@ def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) 
 def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
     """A private copy of a remote value."""
     return finish(handle.link, start(handle, what), what, timeout)
+
+
+def taken(handle: Handle, timeout: float | None) -> tuple[Any, tuple[int, ...]]:
+    """A private copy of a remote value, and all ids it has: each may have a handle of its own."""
+    return _finish(handle.link, start(handle, "get"), "get", timeout)
 
 
 async def awaited(pointer: "Pointer") -> Any:
@@ -81,7 +93,7 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
     borrow = Borrow(scoped=True)
     try:
         _ask(borrow, handle, "borrow", folding=folding, lent=True)
-        flags, body = link.answer(borrow.query, "borrow")
+        flags, body, _ = link.answer(borrow.query, "borrow")
         yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
     finally:
         link.give_back(borrow)

@@ -74,7 +74,8 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs and the cluster is open."""
+        """Whether its process runs and the cluster is open; in a forked child: ClosedError."""
+        self.link.check_process()
         if self.link.end is None:
             self.link.hub.look()
         return self.link.end is None
@@ -209,10 +210,10 @@ class Worker:
         return self
 
     def __repr__(self) -> str:
-        """Name, process and number of objects."""
+        """Name, process and commands on their way, as far as known: it never waits."""
         if self.link.end is not None:
             return f"<Worker {self.name} (gone)>"
-        return f"<Worker {self.name} pid={self.pid} objects={len(self.objects)}>"
+        return f"<Worker {self.name} pid={self.pid} pending={self.link.inbox.unanswered()}>"
 
 
 KINDS: dict[str, type[Pointer]] = {

@@ -135,18 +135,23 @@ class ProcessTransport:
 
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
         """Start a worker process."""
-        data_here, data_there = socket.socketpair()
-        side_here, side_there = socket.socketpair()
-        read, lifeline = os.pipe2(os.O_CLOEXEC)
         here = str(Path.cwd())
         path = [entry or here for entry in sys.path]
         around = (here, dict(os.environ), path, arena_size)
-        fds = [data_there.fileno(), side_there.fileno(), read, arena_fd]
-        streams = [os.dup(1), os.dup(2)]
+        data_here, data_there = socket.socketpair()
+        side_here, side_there = socket.socketpair()
+        pipe: list[tuple[int, int]] = []
+        streams: list[int] = []
         try:
+            # Ctrl-C may come anywhere: each call and the note of what it opened are one step.
+            pipe.extend(map(os.pipe2, (os.O_CLOEXEC,)))
+            streams.extend(map(os.dup, (1, 2)))
+            read, lifeline = pipe[0]
+            fds = [data_there.fileno(), side_there.fileno(), read, arena_fd]
             process = self._start(spec, around, [*fds, *streams], lifeline)
         except BaseException as error:
-            os.close(lifeline)  # if the worker runs already, this ends it
+            for _, write in pipe:
+                os.close(write)  # if the worker runs already, this ends it
             data_here.close()
             side_here.close()
             if isinstance(error, OSError):
@@ -157,7 +162,7 @@ class ProcessTransport:
         finally:
             data_there.close()
             side_there.close()
-            for fd in (read, *streams):
+            for fd in (*(read for read, _ in pipe), *streams):
                 os.close(fd)
         return Connection(Channel(data_here), side_here, process)
 

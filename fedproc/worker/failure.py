@@ -5,6 +5,7 @@ pickled, the traceback as text without the frames of fedproc's own loop. What ca
 degrades to text: a failure is always reported.
 """
 
+import builtins
 import io
 import pickle
 import traceback
@@ -18,6 +19,8 @@ from fedproc.wire.commands import Failure
 LONGEST_TEXT = 64 * 1024
 """Characters of a message or traceback that are kept."""
 
+_GROUP: Any = getattr(builtins, "ExceptionGroup", ())
+"""Python 3.11 has exception groups: their parts travel, too."""
 _OWN_FRAMES = ("/fedproc/worker/",)
 
 
@@ -52,6 +55,8 @@ def _attributes(error: BaseException) -> dict[str, Any]:
     own = dict(vars(error))
     if isinstance(error, OSError):  # these are not in its __dict__
         own |= {"errno": error.errno, "strerror": error.strerror, "filename": error.filename}
+    if isinstance(error, _GROUP):
+        own["exceptions"] = error.exceptions
     return {
         name: value
         for name, value in own.items()

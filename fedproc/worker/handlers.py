@@ -15,7 +15,7 @@ from torch import nn
 from fedproc.wire import commands, frames
 from fedproc.wire.frames import Frame
 from fedproc.wire.names import function_named
-from fedproc.worker import privacy
+from fedproc.worker import parts, privacy
 from fedproc.worker.host import Host
 from fedproc.worker.inspections import INSPECTIONS, description, type_name
 from fedproc.worker.modes import applied, usual
@@ -157,7 +157,7 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     if command.lent:
         _lend(host, frame.sequence, entry.value)
     else:
-        _answer(host, frame.sequence, entry.value)
+        _answer(host, frame.sequence, entry.value, tuple(entry.ids))
 
 
 def _lend(host: Host, sequence: int, value: Any) -> None:
@@ -166,18 +166,18 @@ def _lend(host: Host, sequence: int, value: Any) -> None:
     host.adopt(value)
     flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
-    host.reply(commands.Value((flags | frames.EXPORTED, body)), sequence)
+    host.reply(commands.Value((flags | frames.EXPORTED, body, ())), sequence)
 
 
-def _answer(host: Host, sequence: int, value: Any) -> None:
+def _answer(host: Host, sequence: int, value: Any, *more: Any) -> None:
     if type(value) in _PLAIN:
-        host.reply(commands.Value((frames.PLAIN, value)), sequence)
+        host.reply(commands.Value((frames.PLAIN, value, *more)), sequence)
         return
     flags, body, exporter = host.encode(value)
     if exporter.exported:
         host.exports[sequence] = exporter
         flags |= frames.EXPORTED
-    host.reply(commands.Value((flags, body)), sequence)
+    host.reply(commands.Value((flags, body, *more)), sequence)
 
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -227,7 +227,7 @@ def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     host.used.append(entry)
     value = entry.value
     for step in command.path:
-        value = getattr(value, step) if isinstance(step, str) else value[step]
+        value = parts.step(value, step)
     # A part is private whenever the whole is, also when that becomes so later, and vice versa.
     host.store.add(frame.sequence, value, entry.domain)
 
@@ -247,7 +247,8 @@ def release(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 def slot(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Record a pointer to an object of another worker."""
     command = commands.Slot(*fields)
-    host.store.add(frame.sequence, RemotePointer(command.worker, command.target), Domain())
+    record = RemotePointer(command.worker, command.target)
+    host.store.add(frame.sequence, record, Domain(), description=repr(record))
 
 
 class RemotePointer:
@@ -257,6 +258,8 @@ class RemotePointer:
         """``target``: id of the object on ``worker``."""
         self.worker = worker
         self.target = target
+
+    __module__, __qualname__ = "fedproc", "Pointer"  # in listings: the name that users know
 
     def __repr__(self) -> str:
         """The address."""

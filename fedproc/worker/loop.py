@@ -4,11 +4,12 @@ import contextlib
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from fedproc.transport.channel import SPIN_SECONDS, look_out
+from fedproc.transport.channel import SPIN_SECONDS, Channel, look_out
 from fedproc.wire import commands
 from fedproc.wire.frames import Frame, ProtocolError
 from fedproc.worker import failure, privacy
@@ -43,23 +44,45 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
     loop = Loop(host, turn)
     poll = select.poll()
     poll.register(channel, select.POLLIN)
+    interrupted: BaseException | None = None
     while not (host.stopped or channel.ended):
-        if not look_out(poll, spin_seconds):  # while the parent prepares the next command
-            loop.report()
-            if channel.unsent:
-                poll.modify(channel, select.POLLIN | select.POLLOUT)
-                poll.poll()
-                channel.flush()
-                poll.modify(channel, select.POLLIN)
-            else:
-                poll.poll()
         try:
+            if interrupted is None:
+                if not look_out(poll, spin_seconds):  # while the parent prepares the next command
+                    loop.report()
+                    _wait(channel, poll)
+            else:  # no waiting: what was half done may be all there is
+                error, interrupted = interrupted, None
+                loop.recover(error)
             channel.receive(loop.execute)
         except ProtocolError as error:
             # What follows cannot be told from garbage: end, as if the parent had hung up.
             sys.stderr.write(f"fedproc: worker {host.spec.name!r} ends: {error}\n")
             return
+        except BaseException as error:
+            if not _of_signal_handler(error):
+                raise
+            interrupted = error
     loop.report()
+
+
+def _wait(channel: Channel, poll: select.poll) -> None:
+    if channel.unsent:
+        poll.modify(channel, select.POLLIN | select.POLLOUT)
+        poll.poll()
+        channel.flush()
+        poll.modify(channel, select.POLLIN)
+    else:
+        poll.poll()
+
+
+def _of_signal_handler(error: BaseException) -> bool:
+    """Whether a user's signal handler raised it: the innermost code is not ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, KeyboardInterrupt) or not str(module).startswith("fedproc.")
 
 
 class Loop:
@@ -72,6 +95,7 @@ class Loop:
         self._last = 0
         self._reported = 0
         self._unreported = 0
+        self._running: Frame | None = None
 
     def execute(self, frame: Frame) -> None:
         """Execute one command; whatever it raises becomes a reply.
@@ -84,6 +108,7 @@ class Loop:
             raise ProtocolError(f"no command is of kind {frame.kind}")
         if host.stopped or 0 < frame.sequence <= self._last:
             return  # numbers only rise: an interrupted parent may have written a frame twice
+        self._running = frame
         started = time.perf_counter()
         host.commands += 1
         self._last = max(self._last, frame.sequence)  # a Release has none
@@ -102,12 +127,30 @@ class Loop:
             self._fail(frame, error)
         host.trouble = None
         host.used.clear()
+        self._running = None
         if _QUERY[frame.kind]:
             self._reported = frame.sequence
             self._unreported = 0
             _flush(host)
         elif self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
             self.report()
+
+    def recover(self, error: BaseException) -> None:
+        """Go on after a signal handler that a command installed has raised between commands.
+
+        A command in whose administration it came has failed with it.
+        """
+        frame, self._running = self._running, None
+        if frame is not None:
+            self._fail(frame, error)
+        self._host.trouble = None
+        self._host.used.clear()
+        shown = "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(
+                f"worker {self._host.spec.name!r}: a signal handler raised between commands; the "
+                f"worker goes on.\n{shown}"
+            )
 
     def report(self) -> None:
         """Tell how far we are."""

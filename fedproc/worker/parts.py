@@ -47,6 +47,13 @@ def state_names(module: nn.Module) -> list[str]:
     return [name for name, value in state.items() if isinstance(value, torch.Tensor)]
 
 
+def step(whole: Any, part: str | int) -> Any:
+    """A part of an object: an attribute, an item, or what a module adds to its ``state_dict``."""
+    if part == "_extra_state":
+        return whole.get_extra_state()
+    return getattr(whole, part) if isinstance(part, str) else whole[part]
+
+
 def has_gradient(tensor: torch.Tensor) -> bool:
     """Whether a leaf has a gradient."""
     return tensor.grad is not None

@@ -193,3 +193,9 @@ def test_chains_of_modules_and_objects(bob, alice):
     assert (out.worker, tuple(out.shape)) == (bob, (3, 1))
     numbers = bob.send([1, 2]).send(alice)
     assert numbers.get().get() == [1, 2]
+
+
+def test_a_chain_is_listed_as_a_pointer_to_its_object(p, chain, alice):
+    (row,) = alice.objects.values()
+    assert row.type == "fedproc.Pointer"
+    assert row.description == f"<pointer to object {p.id} on bob>"

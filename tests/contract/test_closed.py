@@ -103,3 +103,17 @@ def test_a_forked_child_may_close_without_harm(cluster, bob, x):
     assert _in_forked_child(child) == 0
     assert bob.alive is True
     assert torch.equal(p.get(), x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_in_a_forked_child_nothing_is_said_about_workers(cluster, bob, x):
+    p = bob.send(x)
+    p.wait()
+
+    def child():
+        uses = (p.done, p.wait, lambda: bob.alive, lambda: list(fp.as_completed([p])), bob.stack)
+        return all(isinstance(outcome(use), fp.ClosedError) for use in uses)
+
+    assert _in_forked_child(child) == 0
+    assert p.done()
+    assert bob.alive

@@ -296,3 +296,39 @@ def test_a_lost_worker_error_pickles(cluster, bob, x):
     for name in ("worker", "exitcode", "signal", "last_command"):
         assert getattr(again, name) == getattr(error, name)
     assert again.worker == "bob"
+
+
+def fail_in_group(parts):
+    raise ExceptionGroup("several", parts)  # noqa: F821 - of Python 3.11
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups are of Python 3.11")
+def test_an_exception_group_comes_as_one(bob):
+    parts = [ValueError("a"), KeyError("b")]
+    with pytest.raises(ExceptionGroup) as caught:  # noqa: F821
+        bob.run(fail_in_group, parts).get()
+    error = caught.value
+    assert isinstance(error, fp.RemoteError)
+    assert error.worker == "bob"
+    assert "several (2 sub-exceptions)" in str(error)
+    assert [repr(part) for part in error.exceptions] == ["ValueError('a')", "KeyError('b')"]
+    matched, rest = error.split(ValueError)
+    assert [repr(part) for part in matched.exceptions] == ["ValueError('a')"]
+    assert [repr(part) for part in rest.exceptions] == ["KeyError('b')"]
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, ExceptionGroup)  # noqa: F821
+    assert (str(copy), copy.worker) == (str(error), "bob")
+    assert [repr(part) for part in copy.exceptions] == ["ValueError('a')", "KeyError('b')"]
+
+
+def fail_in_private_group(value):
+    fail_in_group([ValueError(value)])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups are of Python 3.11")
+def test_an_exception_group_about_private_values_comes_without_its_parts(bob):
+    with pytest.raises(fp.RemoteError) as caught:
+        bob.run(fail_in_private_group, bob.send("secret", private=True)).get()
+    assert not isinstance(caught.value, ExceptionGroup)  # noqa: F821
+    assert "ExceptionGroup" in str(caught.value)
+    assert "secret" not in repr(vars(caught.value)) + str(caught.value)

@@ -169,3 +169,19 @@ def test_as_completed_has_a_timeout(bob, gate):
         list(fp.as_completed([slow], timeout=0.05))
     gate.open()
     assert slow.get() == 1
+
+
+def test_gather_goes_one_by_one_where_all_at_once_have_no_room(transport):
+    with fp.Cluster(["bob"], transport=transport, memory_limit=1 << 20) as cluster:
+        bob = cluster["bob"]
+        # on bob's heap: only what is on its way home takes shared memory, 400 kB each
+        pointers = [bob.run(torch.full, (100_000,), float(n)) for n in range(4)]
+        assert [int(value[-1]) for value in fp.gather(pointers)] == [0, 1, 2, 3]
+        pointers.append(bob.run(torch.zeros, 300_000))
+        with pytest.raises(fp.ArenaFullError):
+            fp.gather(pointers)
+
+
+def test_gather_gives_exceptions_that_are_values(bob):
+    (value,) = fp.gather([bob.send(KeyError("a"))])
+    assert repr(value) == "KeyError('a')"

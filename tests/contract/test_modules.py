@@ -242,3 +242,29 @@ def test_tied_parameters_stay_tied(bob):
     assert len(m.parameters()) == 1
     home = m.get()
     assert home[0].weight is home[1].weight
+
+
+class WithExtraState(nn.Module):
+    """Adds a tensor of its own to its state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.extra = torch.tensor([7.0])
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_state_dict_has_extra_state(bob):
+    model = bob.send(nn.Sequential(WithExtraState()))
+    state = model.state_dict()
+    assert sorted(state) == ["0._extra_state", "0.inner.bias", "0.inner.weight"]
+    assert state["0._extra_state"].tolist() == [7.0]
+    state["0._extra_state"].mul_(2)
+    other = bob.send(nn.Sequential(WithExtraState()))
+    other.load_state_dict(state)
+    assert other.get()[0].extra.tolist() == [14.0]

@@ -134,3 +134,13 @@ def test_moving_a_gone_object_is_an_error(bob, alice, x):
     p.get()
     with pytest.raises(fp.ObjectGoneError):
         p.move(alice)
+
+
+def test_a_move_refused_in_a_borrow_leaves_nothing_behind(bob, alice, x):
+    p, lent = bob.send(x), alice.send(x)
+    with lent.borrow():
+        lent.add_(1)  # waits for the end of the block, and so would the move
+        with pytest.raises(fp.FedprocError, match="for ever"):
+            p.move(alice)
+    assert (len(bob.objects), len(alice.objects)) == (1, 1)
+    assert torch.equal(p.move(alice).get(), x)

@@ -220,3 +220,16 @@ def test_a_pointer_cannot_be_saved(bob):
 def test_saving_a_pointer_says_what_to_do(bob, x):
     with pytest.raises(TypeError, match=r"get|fetch"):
         pickle.dumps(bob.send(x))
+
+
+def test_after_get_an_alias_is_gone_for_wait_and_done_too(bob, x):
+    p = bob.send(x)
+    alias = bob.run(_same, p)
+    assert torch.equal(p.get(), x)
+    for use in (alias.wait, alias.done, alias.get, p.wait, p.done):
+        with pytest.raises(fp.ObjectGoneError, match=r"get\(\)"):
+            use()
+
+
+def _same(value):
+    return value

@@ -1,6 +1,8 @@
 """Worker handles: identity, statistics, the list of objects, clear."""
 
+import contextlib
 import os
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -133,3 +135,52 @@ def test_clear_returns_the_worker_and_empties_it(bob, x):
             handle.get()
     again = bob.send(x)
     assert list(bob.objects) == [again.id]
+
+
+def test_repr_never_waits(bob, gate):
+    slow = bob.run(gate.hold, 1)  # it ends when the gate is opened, below
+    shown = repr(bob)
+    assert not slow.done()
+    assert "bob" in shown
+    assert "pending=1" in shown
+    gate.open()
+    assert slow.get() == 1
+
+
+def install_alarm(delay):
+    """From now on an alarm raises, whatever the worker does at that moment."""
+    import signal
+
+    def handler(number, frame):
+        raise RuntimeError("the alarm")
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, delay, delay)
+
+
+def stop_alarm():
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_a_signal_handler_that_raises_between_commands_does_not_end_the_worker(capfd):
+    cluster = fp.Cluster(["bob"])
+    bob = cluster["bob"]
+    bob.run(install_alarm, 0.02).wait()
+    shown = ""
+    deadline = time.monotonic() + 20
+    while shown.count("RuntimeError: the alarm") < 5:  # while the worker is idle
+        assert time.monotonic() < deadline
+        shown += capfd.readouterr().err
+    assert "worker 'bob': a signal handler raised between commands" in shown
+    answers = set()
+    for n in range(300):
+        with contextlib.suppress(RuntimeError):  # it came in the middle: the command has failed
+            answers.add(bob.run(abs, -n).get(timeout=20) == n)
+    assert answers == {True}
+    for _ in range(20):
+        with contextlib.suppress(RuntimeError):
+            bob.run(stop_alarm).wait()
+    assert bob.run(abs, -5).get() == 5
+    cluster.close()
