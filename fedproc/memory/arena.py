@@ -211,11 +211,11 @@ class Arena:
     def _full(self, nbytes: int) -> ArenaFullError:
         used, room = self._heap.used_bytes, max(0, self._room_bytes())
         if used + nbytes > self.size_bytes:
-            remedy = "Free objects (drop their pointers), or give it a higher limit."
+            remedy = "Free objects (drop their pointers), or raise Cluster(memory_limit=...)."
         elif nbytes > room:
             remedy = "Free objects, run fewer workers, or use a machine with more memory."
         else:
-            remedy = "What is free lies in smaller pieces: free more, or give it a higher limit."
+            remedy = "What is free lies in smaller pieces: free more, or raise memory_limit."
         return ArenaFullError(
             f"the shared memory {self._name!r} has no room for {_text(nbytes)}: {_text(used)} of "
             f"its limit of {_text(self.size_bytes)} are used, and {_text(room)} of the memory "

@@ -66,9 +66,11 @@ class Outgoing:
         except FedprocError:
             raise
         except Exception as error:
+            to = "" if self.link is None else f" for worker {self.link.name!r}"
             raise NotShippableError(
-                f"{self.what}: something in it cannot be pickled, so nothing was sent: "
-                f"{type(error).__name__}: {error}"
+                f"{self.what}: something in it cannot be pickled{to}, so nothing was sent: "
+                f"{type(error).__name__}: {error}. Send plain parts of it, or make it there with "
+                "worker.run(function)."
             ) from error
         self._check_tensors()
         exporter = None

@@ -415,7 +415,7 @@ def test_the_error_names_the_numbers_and_a_remedy(arena):
         "shared memory 'test' has no room for 50.0 MiB: 16.0 MiB of its limit of 64.0 MiB" in text
     )
     assert "of the memory available here may be touched" in text
-    assert text.endswith("Free objects (drop their pointers), or give it a higher limit.")
+    assert text.endswith("Free objects (drop their pointers), or raise Cluster(memory_limit=...).")
     assert arena.used_bytes == 16 * MIB
 
 
