@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from fedproc.transport.channel import SPIN_SECONDS, look_out
 from fedproc.remote.herald import Herald
 from fedproc.remote.stalls import Stalls
+from fedproc.transport.channel import SPIN_SECONDS, look_out
 
 TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
@@ -195,7 +195,7 @@ class Hub:
                 again |= not link.flush()
                 if idle:  # it asks the system; a burst has better things to do
                     link.look_after()
-            self._stalls.look(self._links.values())
+            self._stalls.look(self._watched[0].values())
 
     def close(self) -> None:
         """End the janitor and the herald."""
