@@ -219,13 +219,18 @@ def test_a_worker_that_dies_fails_the_await(bob, alice, gate):
 
 def test_closing_the_cluster_fails_the_await(transport, gate):
     cluster = fp.Cluster(["bob"], transport=transport)
-    slow = cluster["bob"].run(gate.hold, 1)
+    bob = cluster["bob"]
+    slow = bob.run(gate.hold, 1)
 
     async def main():
         waiting = asyncio.ensure_future(slow)
         await asyncio.sleep(0)
-        gate.open()  # an inline worker ends between commands
-        await asyncio.to_thread(cluster.close)
+        closing = asyncio.ensure_future(asyncio.to_thread(cluster.close))
+        if transport == "inline":  # its worker ends between commands
+            while bob.alive:
+                await asyncio.sleep(0)
+            gate.open()
+        await closing
         with pytest.raises(fp.ClosedError):
             await waiting
 
