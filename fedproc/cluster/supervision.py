@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import time
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +12,7 @@ from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.site import Site
 from fedproc.remote.worker import Worker
-from fedproc.transport.base import Transport, WorkerSpec
+from fedproc.transport.base import Transport, WorkerSpec, receive_descriptor
 from fedproc.transport.inline import InlineTransport
 from fedproc.transport.process import ProcessTransport
 from fedproc.wire import commands
@@ -55,8 +54,8 @@ class Supervisor:
 
     def __init__(self, transport: Transport, timeout: float) -> None:
         """``timeout``: seconds a worker may take to start."""
-        self.hub = Hub()
         self.arena = Arena("parent")
+        self.hub = Hub(self.arena.collect)
         self._transport = transport
         self._timeout = timeout
         self._numbers = itertools.count(1)
@@ -99,10 +98,17 @@ class Supervisor:
         except FedprocError as error:
             raise WorkerStartError(f"worker {link.name!r} could not start: {error}") from error
         link.side.settimeout(STOP_SECONDS)
-        _, received, _, _ = socket.recv_fds(link.side, 1, 1)
+        try:
+            fd = receive_descriptor(link.side)
+            try:
+                link.mapped = Mapped(fd, size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise WorkerStartError(
+                f"worker {link.name!r}: {error}. Close files, or raise the limit (`ulimit -n`)."
+            ) from error
         link.side.settimeout(None)
-        link.mapped = Mapped(received[0], size)
-        os.close(received[0])
         link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
 
     @staticmethod

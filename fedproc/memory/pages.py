@@ -137,6 +137,18 @@ def machine_room_bytes() -> int:
     return min((room, *_cgroup_rooms(memory.total)))
 
 
+def oom_kills(counters: Path = Path("/proc/vmstat")) -> int | None:
+    """How many processes the kernel has killed for lack of memory since the machine started.
+
+    Those killed by the limit of a control group are among them. None where it does not tell.
+    """
+    with suppress(OSError, ValueError):
+        for line in counters.read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 def _cgroup_rooms(
     most_bytes: int,
     membership: Path = Path("/proc/self/cgroup"),

@@ -26,6 +26,8 @@ TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
 TIDY_SECONDS = 0.05
 """How often dropped pointers are looked for when no command takes their frees along."""
+UPKEEP_SECONDS = 5.0
+"""How often the parent's free memory is looked at."""
 _FOLLOWER_SECONDS = 0.05
 _POLL_SECONDS = 0.5
 
@@ -66,8 +68,9 @@ def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.pol
 class Hub:
     """Reads for all links of a cluster."""
 
-    def __init__(self) -> None:
-        """No links yet."""
+    def __init__(self, upkeep: Callable[[], None]) -> None:
+        """No links yet; ``upkeep`` is called by the janitor every few seconds."""
+        self._upkeep = upkeep
         self._watched = _watch({})  # links by descriptor, and a poll object for them
         self._leader = threading.Lock()
         self._mutex = threading.Lock()
@@ -184,6 +187,7 @@ class Hub:
 
     def _clean(self) -> None:
         again = False
+        upkeep_at = time.monotonic() + UPKEEP_SECONDS
         while not self._closing:
             rung = self._bell.acquire(timeout=TAIL_SECONDS if again else TIDY_SECONDS)
             if rung:
@@ -196,6 +200,9 @@ class Hub:
                 if idle:  # it asks the system; a burst has better things to do
                     link.look_after()
             self._stalls.look(self._watched[0].values())
+            if idle and time.monotonic() > upkeep_at:
+                self._upkeep()
+                upkeep_at = time.monotonic() + UPKEEP_SECONDS
 
     def close(self) -> None:
         """End the janitor and the herald."""

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedproc.errors import FedprocError, WorkerLostError
+from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Mapped
-from fedproc.remote.ending import closed, forked, late, lost
+from fedproc.remote.ending import ENDED, closed, forked, late, lost
 from fedproc.remote.handle import Handle
 from fedproc.remote.hub import Hub
 from fedproc.remote.inbox import Inbox
@@ -40,7 +41,7 @@ MOST_UNANSWERED = 100_000
 DEAD_LOOKS = 3
 """How often a process is seen dead before its stream, which may hold last words, is given up."""
 LOST_SECONDS = 1.0
-"""How long the exit code of a worker is waited for."""
+"""How long the end of a worker that was killed is waited for."""
 
 
 class Link:
@@ -74,6 +75,7 @@ class Link:
         self.closing = False  # the cluster ends: a dead process is no news
         self.asking = threading.Lock()  # whoever reads its stack
         self._dead_looks = 0
+        self._oom_kills = pages.oom_kills()
 
     # ---- submitting
 
@@ -139,7 +141,7 @@ class Link:
         if self.end is None and self.process.poll() is not None:
             self._dead_looks += 1
             if self._dead_looks >= DEAD_LOOKS:
-                self.lose("its process ended")
+                self.lose(ENDED)
 
     def note(self, handle: Handle) -> None:
         """Find ``handle`` by its id from now on."""
@@ -228,7 +230,7 @@ class Link:
         """Take in what has arrived."""
         self._take_in(self.channel.receive)
         if self.channel.ended:
-            self.lose("its process ended")
+            self.lose(ENDED)
 
     def _take_in(self, read: Callable[[Callable[[frames.Frame], None]], None]) -> None:
         try:
@@ -289,14 +291,12 @@ class Link:
         if self.closing:
             self.close()
             return
-        inline = self.process.pid == self.owner
         with self.outbox.lock:
             if self.end is not None:
                 return
             unfinished = self.inbox.unfinished()
-            code = None if inline else self.process.wait(LOST_SECONDS)
             self.lost_seen = not unfinished
-            self.end = lost(self.name, self.process.pid, why, code, unfinished)
+            self.end = lost(self.name, self.process, why, unfinished, self._oom_kills)
         self._let_go()
         self.hub.remove(self)
 

@@ -9,6 +9,7 @@ import socket
 import warnings
 from typing import Any
 
+from fedproc.errors import FedprocError
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -70,18 +71,13 @@ def _carry(
         flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
         if copy:
             source.free_to_write(borrow)
-        _attach(source, target)
+        attaching = _attach(source, target)
         record = commands.Import(slot, source.arena_name, flags, payload, *labels)
         with target.outbox.lock:
             if target.outbox.holding and not copy:
                 return None
             number = target.submit(plain(record, "move"), site, urgent=True)
-        try:
-            target.answer(number, "move")
-        except BaseException:
-            if not slot:  # whatever comes of it later, nobody has a pointer to it
-                target.trash.append(number)
-            raise
+        _answer(source, target, number, attaching, kept=slot != 0)
     finally:
         source.give_back(borrow)
     return number, ids, cut, optimizer
@@ -106,15 +102,32 @@ def _part(target: Link, oid: int, path: tuple[Any, ...]) -> int:
     return target.submit(plain(commands.Part(oid, path), "move"), caller())
 
 
-def _attach(source: Link, target: Link) -> None:
-    """Let ``target`` map the arena of ``source``, once per pair."""
+def _answer(source: Link, target: Link, number: int, attaching: int, *, kept: bool) -> None:
+    """Wait for import ``number``; the next move attaches again if ``attaching`` has failed.
+
+    ``kept``: somebody has a pointer to what comes of it, also when it comes too late.
+    """
+    try:
+        target.answer(number, "move")
+    except BaseException:
+        if not kept:
+            target.trash.append(number)
+        if target.failures.failed(attaching):
+            target.attached.discard(source.arena_name)
+            target.failures.raise_for(attaching)
+        raise
+
+
+def _attach(source: Link, target: Link) -> int:
+    """Let ``target`` map the arena of ``source``, once per pair; number of the command, or 0."""
     if source.arena_name in target.attached:
-        return
+        return 0
     assert source.mapped is not None
     socket.send_fds(target.side, [b"a"], [source.mapped.fd])
     size = source.mapped.size_bytes
-    target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
+    number = target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
     target.attached.add(source.arena_name)
+    return number
 
 
 def warn_cut(what: str) -> None:

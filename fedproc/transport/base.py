@@ -7,6 +7,8 @@ transports exist: ``process`` (a process of its own, forked from a prepared one)
 package is written against the contract alone; tests/contract runs on each transport.
 """
 
+import errno
+import os
 import socket
 from typing import NamedTuple, Protocol
 
@@ -21,6 +23,21 @@ class WorkerSpec(NamedTuple):
     threads: int
     memory_limit: int | None
     device: str
+
+
+def receive_descriptor(side: socket.socket) -> int:
+    """The next descriptor from the other side.
+
+    At the limit of open files the kernel delivers the message and drops the descriptor.
+
+    Raises:
+        OSError: it was dropped (EMFILE), or the stream has ended.
+    """
+    data, received, _, _ = socket.recv_fds(side, 1, 1)
+    if received:
+        return received[0]
+    code = errno.EMFILE if data else errno.EPIPE
+    raise OSError(code, f"the descriptor of a shared memory was not received: {os.strerror(code)}")
 
 
 class Process(Protocol):

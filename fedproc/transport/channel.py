@@ -7,6 +7,7 @@ step for good. The same reason makes ``recv`` and ``send`` run inside ``list.ext
 the call and the note of its result are one step of the interpreter.
 """
 
+import os
 import select
 import socket
 import threading
@@ -29,6 +30,25 @@ def look_out(poll: "select.poll", seconds: float = SPIN_SECONDS) -> list[tuple[i
     while not events and time.perf_counter() < until:
         events = poll.poll(0)
     return events
+
+
+def open_channel(sock: socket.socket, side: str, worker: str, *, inline: bool) -> "Channel":
+    """The channel of a connection; with faults in it if a test asks for them.
+
+    Whether one does is asked here, once: a channel without faults knows nothing of them.
+
+    Args:
+        sock: one end of a connected stream.
+        side: whose end it is: ``"parent"`` or ``"worker"``.
+        worker: name of the worker.
+        inline: the worker is a thread of the parent.
+    """
+    found = None
+    if "FEDPROC_FAULT" in os.environ:
+        from fedproc.transport.faults import faulty
+
+        found = faulty(sock, side, worker, inline=inline)
+    return found or Channel(sock)
 
 
 class Channel:

@@ -12,7 +12,7 @@ import threading
 import traceback
 
 from fedproc.transport.base import Connection, WorkerSpec
-from fedproc.transport.channel import Channel
+from fedproc.transport.channel import Channel, open_channel
 
 ENTRY = ("fedproc.worker.main", "serve_inline")
 END_SECONDS = 2.0
@@ -58,7 +58,7 @@ class InlineTransport:
         here, there = socket.socketpair()
         side_here, side_there = socket.socketpair()
         serve = getattr(importlib.import_module(ENTRY[0]), ENTRY[1])
-        channel = Channel(there)
+        channel = open_channel(there, "worker", spec.name, inline=True)
         thread = threading.Thread(
             target=serve,
             args=(spec, channel, side_there, os.dup(arena_fd), arena_size),
@@ -66,7 +66,8 @@ class InlineTransport:
             daemon=True,
         )
         thread.start()
-        return Connection(Channel(here), side_here, InlineProcess(thread, channel))
+        mine = open_channel(here, "parent", spec.name, inline=True)
+        return Connection(mine, side_here, InlineProcess(thread, channel))
 
     def close(self) -> None:
         """Nothing is shared."""

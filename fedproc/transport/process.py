@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 from fedproc.errors import WorkerStartError
 from fedproc.transport import stacksignal
 from fedproc.transport.base import Connection, WorkerSpec
-from fedproc.transport.channel import Channel
+from fedproc.transport.channel import open_channel
 from fedproc.transport.zygote import Zygote, execute, zygote_for, zygote_pid
 
 __all__ = ["ProcessTransport", "zygote_pid"]
+
+_POLL_SECONDS = 0.002
 
 
 class ForkedProcess:
@@ -38,9 +41,17 @@ class ForkedProcess:
 
     def wait(self, timeout: float) -> int | None:
         """Wait for its end."""
+        deadline = time.monotonic() + timeout
         code = self._zygote.exitcode(self.pid, timeout)
-        if code is None and not self._zygote.alive and not _exists(self.pid):
-            code = -signal.SIGKILL  # the zygote died before it could tell; so did the worker
+        while code is None and not self._zygote.alive:
+            # The zygote died before it could tell. Whoever reaps the worker then takes his time
+            # or never does it: a zombie has ended.
+            if not _runs(self.pid):
+                code = -signal.SIGKILL
+            elif time.monotonic() >= deadline:
+                break
+            else:
+                time.sleep(_POLL_SECONDS)
         if code is not None:
             self._lifeline.close()
         return code
@@ -113,12 +124,12 @@ def _close_lifelines() -> None:
 os.register_at_fork(after_in_child=_close_lifelines)
 
 
-def _exists(pid: int) -> bool:
+def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2]
+    except OSError:
         return False
-    return True
+    return not state.startswith(("Z", "X"))
 
 
 class ProcessTransport:
@@ -164,7 +175,8 @@ class ProcessTransport:
             side_there.close()
             for fd in (*(read for read, _ in pipe), *streams):
                 os.close(fd)
-        return Connection(Channel(data_here), side_here, process)
+        channel = open_channel(data_here, "parent", spec.name, inline=False)
+        return Connection(channel, side_here, process)
 
     def _start(
         self, spec: WorkerSpec, around: tuple[Any, ...], fds: list[int], lifeline: int

@@ -154,6 +154,8 @@ class Zygote:
 
         Can be interrupted anywhere, as a Channel: what was received is noted in the same step.
         """
+        if self._control.fileno() < 0:
+            return False  # it died and was replaced; its workers live on, and ask here
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         if not poll.poll(max(0.0, wait) * 1000):

@@ -25,7 +25,7 @@ from fedproc.memory.tensors import (
     read_place,
     rebuild,
 )
-from fedproc.transport.base import WorkerSpec
+from fedproc.transport.base import WorkerSpec, receive_descriptor
 from fedproc.transport.channel import Channel
 from fedproc.wire import frames
 from fedproc.wire.codec import Decoder, Encoder
@@ -166,9 +166,11 @@ class Host:
         if size_bytes == 0:
             self.mapped.pop(name).close()
             return
-        _, received, _, _ = socket.recv_fds(self.side, 1, 1)
-        self.map(name, received[0], size_bytes)
-        os.close(received[0])
+        fd = receive_descriptor(self.side)
+        try:
+            self.map(name, fd, size_bytes)
+        finally:
+            os.close(fd)
 
     def map(self, name: str, fd: int, size_bytes: int) -> None:
         """Map the arena ``fd``; a restarted worker's replaces the old one."""

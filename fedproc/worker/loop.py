@@ -16,6 +16,7 @@ from fedproc.worker import failure, privacy
 from fedproc.worker.handlers import HANDLERS
 from fedproc.worker.host import Host
 from fedproc.worker.store import PoisonedError
+from fedproc.worker.upkeep import Upkeep
 
 REPORT_SECONDS = 0.001
 """A command that took longer is reported as done at once, a shorter one with those after it."""
@@ -42,15 +43,18 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
     """
     channel = host.channel
     loop = Loop(host, turn)
+    upkeep = Upkeep(host.arena)
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     interrupted: BaseException | None = None
     while not (host.stopped or channel.ended):
         try:
             if interrupted is None:
-                if not look_out(poll, spin_seconds):  # while the parent prepares the next command
+                if look_out(poll, spin_seconds):  # while the parent prepares the next command
+                    upkeep.look(busy=True)
+                else:
                     loop.report()
-                    _wait(channel, poll)
+                    _wait(channel, poll, upkeep)
             else:  # no waiting: what was half done may be all there is
                 error, interrupted = interrupted, None
                 loop.recover(error)
@@ -58,6 +62,7 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
         except ProtocolError as error:
             # What follows cannot be told from garbage: end, as if the parent had hung up.
             sys.stderr.write(f"fedproc: worker {host.spec.name!r} ends: {error}\n")
+            channel.hang_up()
             return
         except BaseException as error:
             if not _of_signal_handler(error):
@@ -66,14 +71,14 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
     loop.report()
 
 
-def _wait(channel: Channel, poll: select.poll) -> None:
+def _wait(channel: Channel, poll: select.poll, upkeep: Upkeep) -> None:
     if channel.unsent:
         poll.modify(channel, select.POLLIN | select.POLLOUT)
         poll.poll()
         channel.flush()
         poll.modify(channel, select.POLLIN)
     else:
-        poll.poll()
+        upkeep.look(busy=bool(poll.poll(upkeep.wait_ms)))
 
 
 def _of_signal_handler(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedproc.transport.base import WorkerSpec
-from fedproc.transport.channel import Channel
+from fedproc.transport.channel import Channel, open_channel
 from fedproc.transport.stacksignal import STACK_SIGNAL
 from fedproc.wire import frames
 from fedproc.wire.commands import KIND, Failed, Ready
@@ -58,7 +58,8 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     sys.path[:] = around.path
     torch.set_num_threads(spec.threads)
     seed_all(derive(spec.seed, spec.name))
-    channel = Channel(socket.socket(fileno=given.data))
+    sock = socket.socket(fileno=given.data)
+    channel = open_channel(sock, "worker", spec.name, inline=False)
     side = socket.socket(fileno=given.side)
     # Of the thread it interrupts only: others would run on while their stacks are read.
     faulthandler.register(STACK_SIGNAL, file=given.side, all_threads=False)
