@@ -20,7 +20,7 @@ from fedproc.federated.crew import Crew
 from fedproc.federated.evaluation import EvaluationRows
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
-from fedproc.federated.round import Rules, Start, play
+from fedproc.federated.round import Outcome, Rules, Start, play
 from fedproc.federated.sampling import cohort_size, draw_cohort
 from fedproc.federated.strategies import FedAvg, State, Strategy
 from fedproc.federated.timeline import Timeline
@@ -107,6 +107,7 @@ class Aggregator:
         self._callbacks = tuple(callbacks)
         self._crew = Crew(data, self._global.module, local, strategy.local_rule())
         self._round = 0
+        self._made: tuple[Outcome, RoundRecord] | None = None  # not taken over yet
         self._state: State = strategy.initial(
             self._global.layout.flat_trained(self._global.block())
         )
@@ -255,25 +256,25 @@ class Aggregator:
     ) -> RoundRecord:
         started, traffic = time.perf_counter(), Traffic(self.data.cluster)
         self._refresh()
-        self._round += 1
-        size, seed = self._cohort_size, self._rules.seed
-        cohort = draw_cohort(self.data.clients, size, seed, self._round)
-        sink(RoundStarted(self._round, last, len(cohort)))
-        start = Start(self._round, cohort, self._global.block(), self._state, self._kept)
+        number, size, seed = self._round + 1, self._cohort_size, self._rules.seed
+        cohort = draw_cohort(self.data.clients, size, seed, number)
+        sink(RoundStarted(number, last, len(cohort)))
+        start = Start(number, cohort, self._global.block(), self._state, self._kept)
         try:
             outcome = play(self._crew, self._global.layout, self._rules, start, sink, timeline)
-        except QuorumError:
-            self._crew.dismiss()  # a trainer that could not be made must not stay
+        except Exception as error:
+            self._round = number  # not after Ctrl-C: an interrupted round is played again
+            if isinstance(error, QuorumError):
+                self._crew.dismiss()  # a trainer that could not be made must not stay
             raise
-        self._global.load(outcome.block)
-        self._state = outcome.state
-        self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
-        record = outcome.record(
-            start,
-            seconds=time.perf_counter() - started,
-            message_bytes=traffic.since(),
-        )
-        self.history.append(record)
+        seconds, messages = time.perf_counter() - started, traffic.since()
+        record = outcome.record(start, seconds=seconds, message_bytes=messages)
+        self._made = (outcome, record)
+        try:
+            self._commit()
+        except BaseException:  # Ctrl-C with half of it done: the round is whole, so it counts
+            self._commit()
+            raise
         if rows is not None:
             found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
             record = replace(record, evaluation=found)
@@ -282,8 +283,21 @@ class Aggregator:
         sink(RoundFinished(record.round, record.loss, accuracy))
         return record
 
+    def _commit(self) -> None:
+        """Takes over what a round made. Interrupted anywhere, it can be done again."""
+        if self._made is not None:
+            outcome, record = self._made
+            self._global.load(outcome.block)
+            self._state = outcome.state
+            self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
+            self._round = record.round
+            if not self.history or self.history[-1].round < record.round:
+                self.history.append(record)
+            self._made = None
+
     def _refresh(self) -> None:
         """Notices what the user did to the model since the last round."""
+        self._commit()  # Ctrl-C twice may have left it undone
         if self._global.frozen_changed():
             self._crew.dismiss()
 
