@@ -215,7 +215,7 @@ class Arena:
         elif nbytes > room:
             remedy = "Free objects, run fewer workers, or use a machine with more memory."
         else:
-            remedy = "What is free lies in smaller pieces: free more, or raise memory_limit."
+            remedy = pages.FULL_FILE if self._must_reserve else pages.SCATTERED
         return ArenaFullError(
             f"the shared memory {self._name!r} has no room for {_text(nbytes)}: {_text(used)} of "
             f"its limit of {_text(self.size_bytes)} are used, and {_text(room)} of the memory "

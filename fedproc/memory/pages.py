@@ -20,6 +20,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+SCATTERED = "What is free lies in smaller pieces: free more, or give it a higher limit."
+FULL_FILE = (
+    "There is no memfd here, so it is a file in /dev/shm, which is full: enlarge that "
+    "(`docker run --shm-size`), or free objects (drop their pointers)."
+)
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _RESERVED_PART = 20  # one part in so many of all memory is left to others
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; these have no names in Python's modules, or only in new ones

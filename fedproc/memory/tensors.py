@@ -9,11 +9,13 @@ arena, which the receiver copies.
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fedproc.errors import ClosedError
 from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Block
 
@@ -57,7 +59,12 @@ class Exporter:
     """Gives storages a place: inline, where they lie in the arena already, or in a new block."""
 
     def __init__(
-        self, arena: Arena, inline_bytes: int = INLINE_BYTES, *, copy: bool = False
+        self,
+        arena: Arena,
+        inline_bytes: int = INLINE_BYTES,
+        *,
+        copy: bool = False,
+        wipe: bool = False,
     ) -> None:
         """Place storages.
 
@@ -65,7 +72,9 @@ class Exporter:
             arena: of this process.
             inline_bytes: storages of this size and more go through it.
             copy: also those that lie in it already.
+            wipe: what was put into a block does not stay there when it is free.
         """
+        self._wipe = wipe
         self._arena = arena
         self._copy = copy
         self._inline_bytes = max(inline_bytes, 1)  # what has no bytes needs no block
@@ -98,6 +107,9 @@ class Exporter:
     def release(self) -> None:
         """The receiver has copied everything, or the message was not sent."""
         for block in self.blocks:
+            if self._wipe:
+                with suppress(ClosedError):
+                    self._arena.write_view(block)[:] = 0
             self._arena.free(block)
         self.blocks.clear()
         self.held.clear()

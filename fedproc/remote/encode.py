@@ -76,7 +76,9 @@ class Outgoing:
         exporter = None
         if self._packer.tensors:
             assert self.link is not None
-            exporter = Exporter(self.link.arena)
+            # A private object passes through the parent's arena, which every worker can read.
+            private = record is commands.Put and not flags & frames.SHARED
+            exporter = Exporter(self.link.arena, wipe=private)
             try:
                 table = self._packer.table(exporter)
             except BaseException:

@@ -24,6 +24,7 @@ class Failures:
         self._causes: dict[int, int] = {}
         self._sites: dict[int, Site] = {}
         self._seen: deque[int] = deque()
+        self._forgotten: set[int] = set()  # failed and seen long ago, and somebody may ask again
 
     def add(self, number: int, site: Site, cause: int, failure: tuple[Any, ...] | None) -> None:
         """A command without an answer has failed, by itself or by a cause; may be told twice."""
@@ -44,14 +45,21 @@ class Failures:
         if failure is not None:
             raise self._exception(Failure(*failure), site)
         self.raise_for(cause)
-        raise FedprocError(
-            f"command {cause} on worker {self._worker!r}, which this depends on, failed long ago; "
+        raise self._long_ago(cause)
+
+    def _long_ago(self, number: int) -> FedprocError:
+        return FedprocError(
+            f"command {number} on worker {self._worker!r}, which this depends on, failed long ago; "
             "its error was raised then."
         )
 
+    def dropped(self, number: int) -> None:
+        """Nobody holds the result of command ``number`` any more."""
+        self._forgotten.discard(number)
+
     def failed(self, number: int) -> bool:
         """Whether command ``number`` failed."""
-        return number in self._known or number in self._causes
+        return any(number in failed for failed in (self._known, self._causes, self._forgotten))
 
     def raise_for(self, number: int) -> None:
         """Raise the failure of command ``number``, if it failed: the first cause."""
@@ -62,9 +70,12 @@ class Failures:
             error = self._exception(*self._known[number])
             while len(self._seen) > MOST_SEEN:
                 old = self._seen.popleft()
-                if old not in self._seen:
-                    self._known.pop(old, None)
+                if old not in self._seen and old in self._known:
+                    del self._known[old]
+                    self._forgotten.add(old)
             raise error
+        if number in self._forgotten:
+            raise self._long_ago(number)
 
     def unseen(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """(number, function that raises it) of every error that nobody has looked at."""

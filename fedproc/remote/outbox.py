@@ -127,6 +127,7 @@ class Outbox:
         while self.trash and len(dropped) < frames.MOST_FREES:
             dropped.append(self.trash.popleft())
             self.handles.pop(dropped[-1], None)  # whoever moves an object still needs its handles
+            self._inbox.failures.dropped(dropped[-1])
         return dropped
 
     def remove(self, oid: int) -> None:

@@ -31,19 +31,6 @@ pytestmark = pytest.mark.faults
 SIZES = [12, 9, 6, 15, 8, 10]
 
 
-@pytest.fixture
-def fault(monkeypatch):
-    """Sets the faults of the clusters started from now on; none again with ``None``."""
-
-    def set_fault(rules):
-        if rules is None:
-            monkeypatch.delenv("FEDPROC_FAULT")
-        else:
-            monkeypatch.setenv("FEDPROC_FAULT", rules)
-
-    return set_fault
-
-
 def test_case_01_killed_while_idle(alice, bob):
     p = bob.send(torch.ones(3))
     p.wait()
