@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-SCATTERED = "What is free lies in smaller pieces: free more, or give it a higher limit."
+SCATTERED = "What is free lies in smaller pieces: free more, or raise memory_limit."
 FULL_FILE = (
     "There is no memfd here, so it is a file in /dev/shm, which is full: enlarge that "
     "(`docker run --shm-size`), or free objects (drop their pointers)."

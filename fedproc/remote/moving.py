@@ -9,7 +9,6 @@ import socket
 import warnings
 from typing import Any
 
-from fedproc.errors import FedprocError
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain

@@ -1,6 +1,7 @@
 """Pointers on event loops: ``await pointer`` and ``async for`` over ``as_completed``."""
 
 import asyncio
+import time
 import sys
 import threading
 
@@ -217,6 +218,12 @@ def test_a_worker_that_dies_fails_the_await(bob, alice, gate):
     assert run(main()) == 1
 
 
+def ended(worker):
+    deadline = time.monotonic() + 20
+    while worker.alive:
+        assert time.monotonic() < deadline
+
+
 def test_closing_the_cluster_fails_the_await(transport, gate):
     cluster = fp.Cluster(["bob"], transport=transport)
     bob = cluster["bob"]
@@ -227,8 +234,7 @@ def test_closing_the_cluster_fails_the_await(transport, gate):
         await asyncio.sleep(0)
         closing = asyncio.ensure_future(asyncio.to_thread(cluster.close))
         if transport == "inline":  # its worker ends between commands
-            while bob.alive:
-                await asyncio.sleep(0)
+            await asyncio.to_thread(ended, bob)
             gate.open()
         await closing
         with pytest.raises(fp.ClosedError):
