@@ -1,9 +1,9 @@
 """Pointers on event loops: ``await pointer`` and ``async for`` over ``as_completed``."""
 
 import asyncio
-import time
 import sys
 import threading
+import time
 
 import pytest
 import torch
