@@ -75,22 +75,27 @@ class Outgoing:
         self._check_tensors()
         exporter = None
         if self._packer.tensors:
-            assert self.link is not None
             # A private object passes through the parent's arena, which every worker can read.
             private = record is commands.Put and not flags & frames.SHARED
-            exporter = Exporter(self.link.arena, wipe=private)
-            try:
-                table = self._packer.table(exporter)
-            except BaseException:
-                exporter.release()
-                raise
-            body = pickle.dumps(table, protocol=5) + body
+            exporter, table = self._export(wipe=private)
+            body = table + body
             flags |= frames.HAS_TENSORS
         return Message(
             record, flags, body, self.what,
             exporter=exporter if exporter and exporter.exported else None,
             definitions=encoder.definitions or None, **rest,
         )  # fmt: skip
+
+    def _export(self, *, wipe: bool) -> tuple[Exporter, bytes]:
+        """The blocks that hold the tensors' bytes, and the table that says where they are."""
+        assert self.link is not None
+        exporter = Exporter(self.link.arena, wipe=wipe)
+        try:
+            table = self._packer.table(exporter)
+        except BaseException:
+            exporter.release()
+            raise
+        return exporter, pickle.dumps(table, protocol=5)
 
     def _externals(self) -> dict[type, Callable[[Any], int | None]]:
         externals: dict[type, Callable[[Any], int | None]]
