@@ -46,6 +46,7 @@ __all__ = [
     "RemoteError",
     "RoundRecord",
     "Scaffold",
+    "SecureAggregation",
     "TensorBoard",
     "TensorPointer",
     "TrainContext",
@@ -83,6 +84,7 @@ _NAMES = {
     "federated.determinism": "verify_determinism",
     "federated.history": "Evaluation History RoundRecord",
     "federated.loader": "FederatedDataLoader",
+    "federated.secure_aggregation": "SecureAggregation",
     "federated.strategies": """FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi
         GeometricMedian Krum Median Scaffold TrimmedMean""",
     "remote.group": "PointerGroup as_completed gather group",

@@ -20,8 +20,9 @@ from fedproc.federated.crew import Crew
 from fedproc.federated.evaluation import EvaluationRows
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
-from fedproc.federated.round import Rules, Start, play
+from fedproc.federated.round import Rules, Start
 from fedproc.federated.sampling import cohort_size, draw_cohort
+from fedproc.federated.secure_aggregation import way_of_playing
 from fedproc.federated.strategies import FedAvg, State, Strategy
 from fedproc.federated.timeline import Timeline
 from fedproc.federated.traffic import Traffic
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.evaluation import Metric
     from fedproc.federated.history import Evaluation
+    from fedproc.federated.secure_aggregation import SecureAggregation
 
 Callback = Callable[["Aggregator", RoundRecord], Any]
 Weighting = Literal["examples", "uniform"]
@@ -64,6 +66,7 @@ class Aggregator:
         retries: How often a client trains again whose worker was lost while it trained.
         callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
             ends :meth:`run`.
+        secure: The parent sees masked updates only and learns their sum.
 
     Attributes:
         data, local, strategy: As given.
@@ -87,6 +90,7 @@ class Aggregator:
         deadline: float | None = None,
         retries: int = 1,
         callbacks: Sequence[Callback] = (),
+        secure: SecureAggregation | None = None,
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
@@ -103,9 +107,13 @@ class Aggregator:
             min_clients=min_clients,
             retries=require_at_least("retries", retries, 0),
             deadline=require_deadline(deadline, data.cluster),
+            secure=secure,
         )
         self._callbacks = tuple(callbacks)
-        self._crew = Crew(data, self._global.module, local, strategy.local_rule())
+        trainer, self._play_round = way_of_playing(
+            self._rules, self._global.layout, self._cohort_size
+        )
+        self._crew = Crew(data, self._global.module, local, strategy.local_rule(), trainer)
         self._round = 0
         self._state: State = strategy.initial(
             self._global.layout.flat_trained(self._global.block())
@@ -261,7 +269,9 @@ class Aggregator:
         sink(RoundStarted(self._round, last, len(cohort)))
         start = Start(self._round, cohort, self._global.block(), self._state, self._kept)
         try:
-            outcome = play(self._crew, self._global.layout, self._rules, start, sink, timeline)
+            outcome = self._play_round(
+                self._crew, self._global.layout, self._rules, start, sink, timeline
+            )
         except QuorumError:
             self._crew.dismiss()  # a trainer that could not be made must not stay
             raise

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedproc.client.layout import Layout
     from fedproc.events import Sink
     from fedproc.federated.crew import Crew
+    from fedproc.federated.secure_aggregation import SecureAggregation
     from fedproc.federated.strategies.contract import State, Strategy
     from fedproc.federated.timeline import Timeline
 
@@ -41,6 +42,7 @@ class Rules:
         seed: Seed of the run.
         min_clients: Fewest accepted updates.
         retries, deadline: See :class:`fedproc.federated.collecting.Collector`.
+        secure: How rounds of :mod:`fedproc.federated.secure_round` are played; None in others.
     """
 
     strategy: Strategy
@@ -49,6 +51,7 @@ class Rules:
     min_clients: int
     retries: int
     deadline: float | None = None
+    secure: SecureAggregation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,7 @@ def play(
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
     """
     sizes = crew.data.sizes
-    tasks = _tasks(start, sizes, rules.seed)
+    tasks = tasks_of(start, sizes, rules.seed)
     shared = rules.strategy.shared(without_master(start.state))
     fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
     broadcast = Broadcast(start.block, shared, start.kept)
@@ -199,8 +202,8 @@ def play(
     )
 
 
-def _tasks(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
-    """Makes the tasks of clients with rows, in cohort order."""
+def tasks_of(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
+    """Makes the tasks of the drawn clients that have rows, in cohort order."""
     return {
         client: Task(client, start.number, seed, place)
         for place, client in enumerate(start.cohort)
@@ -253,17 +256,34 @@ def _apply(
         step_norms=tuple(tally.step_norms),
         non_finite=sum(isinstance(e, FloatingPointError) for e in tally.failures.values()),
     )
-    x = layout.flat_trained(start.block)
     try:
-        new, state = rules.strategy.step(x, received, without_master(start.state))
+        new, state = next_parameters(layout, rules, start, received, tally.kept, population)
     except QuorumError as error:
-        message = f"round {start.number}: {error}{_causes(tally.failures)}"
+        message = f"round {start.number}: {error}{causes(tally.failures)}"
         raise QuorumError(message, failures=tally.failures) from error
-    state = rules.strategy.after(state, start.kept, tally.kept, population)
-    if rules.strategy.keeps_master():
+    return fold.write(new), state
+
+
+def next_parameters(
+    layout: Layout,
+    rules: Rules,
+    start: Start,
+    received: Received,
+    kept: Mapping[str, dict[str, Any]],
+    population: int,
+) -> tuple[Tensor, State]:
+    """Lets the strategy take its step; in the float32 master, if it keeps one.
+
+    Returns:
+        The new trained parameters (float64, shape (parameters,)) and the new state.
+    """
+    x, strategy = layout.flat_trained(start.block), rules.strategy
+    new, state = strategy.step(x, received, without_master(start.state))
+    state = strategy.after(state, start.kept, kept, population)
+    if strategy.keeps_master():
         new, master = advance(layout, x, new, start.state)
         state = {**state, **master}
-    return fold.write(new), state
+    return new, state
 
 
 def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:
@@ -272,12 +292,13 @@ def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:
         return
     message = (
         f"round {start.number}: {accepted} of {len(start.cohort)} clients finished, "
-        f"{min_clients} are needed; the model is unchanged{_causes(tally.failures)}"
+        f"{min_clients} are needed; the model is unchanged{causes(tally.failures)}"
     )
     raise QuorumError(message, failures=tally.failures)
 
 
-def _causes(failures: Mapping[str, BaseException]) -> str:
+def causes(failures: Mapping[str, BaseException]) -> str:
+    """Returns the first failures as lines of an error."""
     shown = [f"\n  {client}: {describe(error)}" for client, error in list(failures.items())[:10]]
     more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
     return "".join(shown) + more

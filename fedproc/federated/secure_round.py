@@ -1,0 +1,164 @@
+"""A round under secure aggregation: the same training, but the parent sees the sum alone.
+
+Runs in the parent. A worker that is lost before the unmasking begins costs an attempt, because
+keys end with their worker: the round starts again with fresh keys, at most ``retries`` times.
+Then the clients of a lost worker have dropped out and are recovered. Once shares were released
+there is no other attempt: two sums of one round would differ by single updates.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedproc.client.fixed_point import FixedPoint
+from fedproc.client.seeding import torch_threads
+from fedproc.client.summed import SummedVector, Totals
+from fedproc.errors import QuorumError
+from fedproc.events import ClientFinished
+from fedproc.federated.fold import Received, cast_into
+from fedproc.federated.lane import Deadline
+from fedproc.federated.round import Outcome, causes, tasks_of
+from fedproc.federated.secure_attempt import Attempt, Broadcast, KeysLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from fedproc.client.layout import Layout, Section
+    from fedproc.client.secure_trainer import MaskedUpdate
+    from fedproc.client.update import Task
+    from fedproc.errors import FedprocError
+    from fedproc.events import Sink
+    from fedproc.federated.crew import Crew
+    from fedproc.federated.round import Rules, Start
+    from fedproc.federated.strategies.contract import State
+    from fedproc.federated.timeline import Timeline
+
+
+def play(
+    crew: Crew,
+    layout: Layout,
+    rules: Rules,
+    start: Start,
+    sink: Sink,
+    timeline: Timeline | None = None,
+) -> Outcome:
+    """Plays one round, see :func:`fedproc.federated.round.play`.
+
+    Raises:
+        QuorumError: Fewer clients than the threshold or ``min_clients``; nothing was unmasked.
+    """
+    sizes = crew.data.sizes
+    tasks = tasks_of(start, sizes, rules.seed)
+    form = _vector(layout, rules, len(tasks))
+    shared = rules.strategy.shared(start.state)
+    listener = _Listener(start.number, sink, timeline)
+    # The workers have the cores: waking torch's other threads costs more than they help here.
+    with torch_threads(1):
+        attempt, total = _sum(crew, rules, tasks, Broadcast(start.block, shared, form), listener)
+    began = time.perf_counter()
+    totals = form.read(total)
+    block, state = _apply(layout, rules, start, totals)
+    if timeline is not None:
+        timeline.did("strategy", began)
+    down = len(tasks) * (layout.payload_bytes + len(shared) * layout.trained_bytes)
+    accepted = set(attempt.sum.survivors)
+    return Outcome(
+        block=block,
+        state=state,
+        kept={},
+        accepted=tuple(client for client in tasks if client in accepted),
+        skipped=tuple(client for client in start.cohort if not sizes[client]),
+        failures={c: attempt.failures[c] for c in tasks if c in attempt.failures},
+        loss=totals.loss,
+        metrics=totals.metrics,
+        examples=totals.examples,
+        bytes_moved=down + 8 * form.numel * len(accepted) + attempt.relayed_bytes,
+    )
+
+
+class _Listener:
+    """Tells of every client once, whatever the number of attempts."""
+
+    def __init__(self, number: int, sink: Sink, timeline: Timeline | None) -> None:
+        self._number, self._sink, self._timeline = number, sink, timeline
+        self._told: set[str] = set()
+
+    def __call__(self, client: str, worker: str, result: MaskedUpdate | FedprocError) -> None:
+        error = result if isinstance(result, BaseException) else None
+        if self._timeline is not None:
+            self._timeline.trained(client, worker, result)
+            self._timeline.folded(client, time.perf_counter(), error)
+        if client not in self._told:
+            self._told.add(client)
+            self._sink(ClientFinished(self._number, client, error is not None))
+
+
+def _vector(layout: Layout, rules: Rules, clients: int) -> SummedVector:
+    assert rules.secure is not None
+    uniform = rules.strategy.uniform or rules.weigh(1) == rules.weigh(2)
+    return SummedVector(layout, FixedPoint(rules.secure.bits, clients), uniform)
+
+
+def _sum(
+    crew: Crew, rules: Rules, tasks: Mapping[str, Task], broadcast: Broadcast, listener: _Listener
+) -> tuple[Attempt, Tensor]:
+    """Makes attempts until one ends with a sum."""
+    assert rules.secure is not None
+    number = next(iter(tasks.values())).round if tasks else 0
+    needed = rules.secure.needed(len(tasks))
+    if needed < 2:
+        raise QuorumError(
+            f"round {number}: {len(tasks)} clients have rows; the sum of one would be its update, "
+            "so nobody trained"
+        )
+    deadline = Deadline(rules.deadline)
+    for left in range(rules.retries, -1, -1):
+        attempt = Attempt(crew, tasks, broadcast, needed, deadline, taken=listener, last=left == 0)
+        try:
+            attempt.exchange_keys()
+            attempt.collect()
+            _require(attempt, rules.min_clients)
+            return attempt, attempt.unmask()
+        except KeysLostError as lost:
+            if crew.restored():
+                continue
+            failures: dict[str, BaseException] = dict.fromkeys(tasks, lost.error)
+            text = f"round {number}: no worker is left; the model is unchanged{causes(failures)}"
+            raise QuorumError(text, failures=failures) from lost.error
+        except QuorumError as error:
+            text = f"round {number}: {error}; the model is unchanged{causes(attempt.failures)}"
+            raise QuorumError(text, failures=attempt.failures) from error.__cause__
+    raise AssertionError("the last attempt loses no keys")
+
+
+def _require(attempt: Attempt, min_clients: int) -> None:
+    survivors = len(attempt.sum.survivors)
+    if survivors < min_clients:
+        raise QuorumError(
+            f"{survivors} of {len(attempt.sum.setup.cohort)} clients finished, {min_clients} are "
+            "needed; nothing was unmasked"
+        )
+
+
+def _apply(layout: Layout, rules: Rules, start: Start, totals: Totals) -> tuple[Tensor, State]:
+    """Makes the new model from the mean change."""
+    x = layout.flat_trained(start.block)
+    change, of_buffers = totals.change[: len(x)], totals.change[len(x) :]
+    received = Received(mean=x + change, rows=None, weights=(), step_norms=(), non_finite=0)
+    new, state = rules.strategy.step(x, received, start.state)
+    block = layout.new_block()
+    cast_into(block, layout.of_kind("trained"), new)
+    _add_into(block, layout.of_kind("mean"), start.block, of_buffers)
+    _add_into(block, layout.of_kind("largest"), start.block, totals.growth)
+    return block, state
+
+
+def _add_into(block: Tensor, sections: Sequence[Section], before: Tensor, change: Tensor) -> None:
+    if sections:
+        flat = torch.cat([section.view(before).to(change.dtype) for section in sections])
+        cast_into(block, sections, flat + change)
