@@ -28,17 +28,17 @@ class Flat(nn.Module):
         self.values = nn.Parameter(torch.zeros(numel))
 
 
-def moved(model: nn.Module, x: object, y: object, ctx: fp.TrainContext) -> None:
+def moved(model: nn.Module, *_: object) -> None:
     """A client that does not train, but has an update."""
     with torch.no_grad():
         model.values += 0.001
 
 
-def stubborn(model: nn.Module, x: object, y: object, ctx: fp.TrainContext) -> None:
+def stubborn(model: nn.Module, _x: object, _y: object, ctx: fp.TrainContext) -> None:
     """The same, but one client fails."""
     if ctx.client == "client-1":
         raise RuntimeError("drops out")
-    moved(model, x, y, ctx)
+    moved(model)
 
 
 class Clock:
