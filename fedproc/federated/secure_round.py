@@ -20,7 +20,8 @@ from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
 from fedproc.federated.fold import Received, cast_into
 from fedproc.federated.lane import Deadline
-from fedproc.federated.round import Outcome, causes, tasks_of
+from fedproc.federated.master import without_master
+from fedproc.federated.round import Outcome, causes, next_parameters, tasks_of
 from fedproc.federated.secure_attempt import Attempt, Broadcast, KeysLostError
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ def play(
     sizes = crew.data.sizes
     tasks = tasks_of(start, sizes, rules.seed)
     form = _vector(layout, rules, len(tasks))
-    shared = rules.strategy.shared(start.state)
+    shared = rules.strategy.shared(without_master(start.state))
     listener = _Listener(start.number, sink, timeline)
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
         attempt, total = _sum(crew, rules, tasks, Broadcast(start.block, shared, form), listener)
     began = time.perf_counter()
     totals = form.read(total)
-    block, state = _apply(layout, rules, start, totals)
+    block, state = _apply(layout, rules, start, totals, len(crew.data.clients))
     if timeline is not None:
         timeline.did("strategy", began)
     down = len(tasks) * (layout.payload_bytes + len(shared) * layout.trained_bytes)
@@ -145,12 +146,14 @@ def _require(attempt: Attempt, min_clients: int) -> None:
         )
 
 
-def _apply(layout: Layout, rules: Rules, start: Start, totals: Totals) -> tuple[Tensor, State]:
+def _apply(
+    layout: Layout, rules: Rules, start: Start, totals: Totals, population: int
+) -> tuple[Tensor, State]:
     """Makes the new model from the mean change."""
     x = layout.flat_trained(start.block)
     change, of_buffers = totals.change[: len(x)], totals.change[len(x) :]
     received = Received(mean=x + change, rows=None, weights=(), step_norms=(), non_finite=0)
-    new, state = rules.strategy.step(x, received, start.state)
+    new, state = next_parameters(layout, rules, start, received, {}, population)
     block = layout.new_block()
     cast_into(block, layout.of_kind("trained"), new)
     _add_into(block, layout.of_kind("mean"), start.block, of_buffers)

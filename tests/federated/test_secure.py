@@ -451,7 +451,7 @@ class Tap:
 
     def everything(self, cluster):
         """And all that ever lay in the shared memory of the workers, read or not."""
-        memory = [written(worker._link.mapped) for worker in cluster]
+        memory = [written(worker.link.mapped) for worker in cluster]
         return b"|".join([*self.seen, *memory])
 
 
