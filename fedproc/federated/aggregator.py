@@ -22,15 +22,16 @@ from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
 from fedproc.federated.round import Rules, Start
 from fedproc.federated.sampling import cohort_size, draw_cohort
-from fedproc.federated.secure_aggregation import way_of_playing
+from fedproc.federated.secure_aggregation import how_to_play
 from fedproc.federated.strategies import FedAvg, State, Strategy
 from fedproc.federated.timeline import Timeline
 from fedproc.federated.traffic import Traffic
 from fedproc.federated.validation import (
-    require_choices,
+    require_callable,
     require_deadline,
     require_parts,
     require_reachable,
+    weight_of,
 )
 from fedproc.progress import ProgressBar
 
@@ -94,7 +95,7 @@ class Aggregator:
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
-        require_choices(weighting, callbacks)
+        require_callable(callbacks)
         self._cohort_size = cohort_size(clients_per_round, len(data.clients))
         require_reachable(min_clients, self._cohort_size)
         strategy.check(local, self._cohort_size)
@@ -102,7 +103,7 @@ class Aggregator:
         self._global = GlobalModel(model)
         self._rules = Rules(
             strategy=strategy,
-            weigh=float if weighting == "examples" else _one,
+            weigh=weight_of(weighting),
             seed=require_seed(seed),
             min_clients=min_clients,
             retries=require_at_least("retries", retries, 0),
@@ -110,16 +111,12 @@ class Aggregator:
             secure=secure,
         )
         self._callbacks = tuple(callbacks)
-        trainer, self._play_round = way_of_playing(
-            self._rules, self._global.layout, self._cohort_size
-        )
+        trainer, self._play_round = how_to_play(self._rules, self._global.layout, self._cohort_size)
         self._crew = Crew(data, self._global.module, local, strategy.local_rule(), trainer)
-        self._round = 0
-        self._state: State = strategy.initial(
-            self._global.layout.flat_trained(self._global.block())
-        )
+        x = self._global.layout.flat_trained(self._global.block())
+        self._state: State = strategy.initial(x)
         self._kept: dict[str, dict[str, Any]] = {}
-        self.history = History()
+        self._round, self.history = 0, History()
 
     @property
     def model(self) -> nn.Module:
@@ -264,8 +261,7 @@ class Aggregator:
         started, traffic = time.perf_counter(), Traffic(self.data.cluster)
         self._refresh()
         self._round += 1
-        size, seed = self._cohort_size, self._rules.seed
-        cohort = draw_cohort(self.data.clients, size, seed, self._round)
+        cohort = draw_cohort(self.data.clients, self._cohort_size, self._rules.seed, self._round)
         sink(RoundStarted(self._round, last, len(cohort)))
         start = Start(self._round, cohort, self._global.block(), self._state, self._kept)
         try:
@@ -278,11 +274,8 @@ class Aggregator:
         self._global.load(outcome.block)
         self._state = outcome.state
         self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
-        record = outcome.record(
-            start,
-            seconds=time.perf_counter() - started,
-            message_bytes=traffic.since(),
-        )
+        seconds = time.perf_counter() - started
+        record = outcome.record(start, seconds=seconds, message_bytes=traffic.since())
         self.history.append(record)
         if rows is not None:
             found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
@@ -303,7 +296,3 @@ class Aggregator:
 
     def _identity(self) -> checkpoint.Identity:
         return checkpoint.Identity(self.data.clients, self._rules.seed, self.strategy)
-
-
-def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
-    return 1.0

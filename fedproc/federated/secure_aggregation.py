@@ -87,7 +87,7 @@ class SecureAggregation:
         _require_sum_is_enough(strategy)
 
 
-def way_of_playing(rules: Rules, layout: Layout, cohort: int) -> tuple[type[Trainer], Play]:
+def how_to_play(rules: Rules, layout: Layout, cohort: int) -> tuple[type[Trainer], Play]:
     """Returns what trains in the workers and what plays a round here, checked.
 
     Raises:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fedproc.client.secure import Setup
@@ -19,6 +18,7 @@ from fedproc.errors import (
     RemoteError,
     WorkerLostError,
 )
+from fedproc.federated.lane import missed
 from fedproc.federated.passing import abandon, call_there, take
 from fedproc.federated.secure_sum import SecureSum
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedproc.client.secure_trainer import MaskedUpdate
     from fedproc.client.summed import SummedVector
     from fedproc.client.update import Task
+    from fedproc.federated.collecting import Broadcast
     from fedproc.federated.crew import Crew
     from fedproc.federated.lane import Deadline
     from fedproc.federated.passing import Promise
@@ -57,21 +58,6 @@ class KeysLostError(Exception):
         self.error = error
 
 
-@dataclass(frozen=True, slots=True)
-class Broadcast:
-    """What the clients start from.
-
-    Attributes:
-        block: The global model: uint8, shape (nbytes,).
-        shared: What the strategy sends to all clients besides.
-        vector: The form of what they send.
-    """
-
-    block: Tensor
-    shared: Mapping[str, Tensor]
-    vector: SummedVector
-
-
 class Attempt:
     """The four steps, once.
 
@@ -86,9 +72,10 @@ class Attempt:
         crew: Crew,
         tasks: Mapping[str, Task],
         broadcast: Broadcast,
+        vector: SummedVector,
         threshold: int,
-        deadline: Deadline,
         *,
+        deadline: Deadline,
         taken: Taken,
         last: bool,
     ) -> None:
@@ -98,16 +85,18 @@ class Attempt:
             crew: The trainers.
             tasks: Client -> its task, in cohort order.
             broadcast: What the clients start from.
+            vector: The form of what they send.
             threshold: How many clients must be left after every step.
             deadline: When clients that still train have failed.
             taken: Told of every client once, when its update was added or has failed.
             last: Go on without the clients of a lost worker, instead of raising KeysLostError.
         """
         setup = Setup(os.urandom(32), tuple(tasks), threshold)
-        self.sum = SecureSum(setup, broadcast.vector.numel)
+        self.sum = SecureSum(setup, vector.numel)
         self.failures: dict[str, BaseException] = {}
         self.relayed_bytes = 0
         self._crew, self._tasks, self._broadcast = crew, tasks, broadcast
+        self._vector = vector
         self._deadline, self._taken, self._last = deadline, taken, last
         self._homes = crew.homes(list(tasks))
         # A worker that is replaced has a new trainer without keys: these are asked, or nobody.
@@ -116,7 +105,7 @@ class Attempt:
         self._queues: dict[str, deque[str]] = {}
         self._flying: dict[str, dict[str, Promise]] = {}
         self._sent: dict[str, tuple[Any, Any]] = {}
-        row_bytes = 8 * broadcast.vector.numel
+        row_bytes = 8 * vector.numel
         self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, _WINDOW_BYTES // row_bytes))
 
     def exchange_keys(self) -> None:
@@ -241,10 +230,8 @@ class Attempt:
                 worker.send(dict(shared)) if shared else None,
             )
         block, shared_there = self._sent[name]
-        vector = self._broadcast.vector
-        sealed, form = self.sum.sealed_for(client), (vector.fixed, vector.uniform)
-        task = self._tasks[client]
-        trainer = self._trainers[name]
+        trainer, task = self._trainers[name], self._tasks[client]
+        sealed, form = self.sum.sealed_for(client), (self._vector.fixed, self._vector.uniform)
         return call_there(trainer, "train_masked", block, task, shared_there, sealed, form)
 
     def _take(self, name: str, client: str, timeout: float | None) -> None:
@@ -302,13 +289,7 @@ class Attempt:
             self._abandon(name)
             queue.clear()
             for client in unfinished:
-                self._fail(client, self._missed(client, waiting=client in waiting))
+                task, seconds = self._tasks[client], self._deadline.seconds
+                self._fail(client, missed(task, seconds, training=client not in waiting))
             if unfinished:
                 self._crew.replace(name)
-
-    def _missed(self, client: str, *, waiting: bool) -> CommandTimeoutError:
-        what = "was still queued" if waiting else "was still training; its worker was replaced"
-        return CommandTimeoutError(
-            f"client {client!r} missed the deadline of {self._deadline.seconds:g} s in round "
-            f"{self._tasks[client].round}: it {what}"
-        )

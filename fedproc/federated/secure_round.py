@@ -8,6 +8,7 @@ there is no other attempt: two sums of one round would differ by single updates.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,15 @@ from fedproc.client.seeding import torch_threads
 from fedproc.client.summed import SummedVector, Totals
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
+from fedproc.federated.collecting import Broadcast
 from fedproc.federated.fold import Received, cast_into
 from fedproc.federated.lane import Deadline
 from fedproc.federated.master import without_master
 from fedproc.federated.round import Outcome, causes, next_parameters, tasks_of
-from fedproc.federated.secure_attempt import Attempt, Broadcast, KeysLostError
+from fedproc.federated.secure_attempt import Attempt, KeysLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -53,32 +55,53 @@ def play(
     Raises:
         QuorumError: Fewer clients than the threshold or ``min_clients``; nothing was unmasked.
     """
-    sizes = crew.data.sizes
-    tasks = tasks_of(start, sizes, rules.seed)
+    tasks = tasks_of(start, crew.data.sizes, rules.seed)
     form = _vector(layout, rules, len(tasks))
     shared = rules.strategy.shared(without_master(start.state))
-    listener = _Listener(start.number, sink, timeline)
+    begin = functools.partial(
+        Attempt,
+        crew,
+        tasks,
+        Broadcast(start.block, shared, {}),
+        form,
+        _needed(rules, start, len(tasks)),
+        deadline=Deadline(rules.deadline),
+        taken=_Listener(start.number, sink, timeline),
+    )
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
-        attempt, total = _sum(crew, rules, tasks, Broadcast(start.block, shared, form), listener)
+        attempt, total = _sum(begin, crew, rules, start)
     began = time.perf_counter()
     totals = form.read(total)
     block, state = _apply(layout, rules, start, totals, len(crew.data.clients))
     if timeline is not None:
         timeline.did("strategy", began)
     down = len(tasks) * (layout.payload_bytes + len(shared) * layout.trained_bytes)
+    up = 8 * form.numel * len(attempt.sum.survivors) + attempt.relayed_bytes
+    return _outcome(start, tasks, attempt, totals, (block, state, down + up))
+
+
+def _outcome(
+    start: Start,
+    tasks: Mapping[str, Task],
+    attempt: Attempt,
+    totals: Totals,
+    made: tuple[Tensor, State, int],
+) -> Outcome:
+    """Puts together what is known; ``made`` are the new block, the new state and bytes moved."""
+    block, state, bytes_moved = made
     accepted = set(attempt.sum.survivors)
     return Outcome(
         block=block,
         state=state,
         kept={},
         accepted=tuple(client for client in tasks if client in accepted),
-        skipped=tuple(client for client in start.cohort if not sizes[client]),
+        skipped=tuple(client for client in start.cohort if client not in tasks),
         failures={c: attempt.failures[c] for c in tasks if c in attempt.failures},
         loss=totals.loss,
         metrics=totals.metrics,
         examples=totals.examples,
-        bytes_moved=down + 8 * form.numel * len(accepted) + attempt.relayed_bytes,
+        bytes_moved=bytes_moved,
     )
 
 
@@ -105,21 +128,25 @@ def _vector(layout: Layout, rules: Rules, clients: int) -> SummedVector:
     return SummedVector(layout, FixedPoint(rules.secure.bits, clients), uniform)
 
 
-def _sum(
-    crew: Crew, rules: Rules, tasks: Mapping[str, Task], broadcast: Broadcast, listener: _Listener
-) -> tuple[Attempt, Tensor]:
-    """Makes attempts until one ends with a sum."""
+def _needed(rules: Rules, start: Start, clients: int) -> int:
     assert rules.secure is not None
-    number = next(iter(tasks.values())).round if tasks else 0
-    needed = rules.secure.needed(len(tasks))
+    needed = rules.secure.needed(clients)
     if needed < 2:
         raise QuorumError(
-            f"round {number}: {len(tasks)} clients have rows; the sum of one would be its update, "
-            "so nobody trained"
+            f"round {start.number}: {clients} clients have rows; the sum of one would be its "
+            "update, so nobody trained"
         )
-    deadline = Deadline(rules.deadline)
+    return needed
+
+
+def _sum(
+    begin: Callable[..., Attempt], crew: Crew, rules: Rules, start: Start
+) -> tuple[Attempt, Tensor]:
+    """Makes attempts until one ends with a sum."""
     for left in range(rules.retries, -1, -1):
-        attempt = Attempt(crew, tasks, broadcast, needed, deadline, taken=listener, last=left == 0)
+        attempt = begin(last=left == 0)
+        failures = attempt.failures
+        cause: BaseException | None
         try:
             attempt.exchange_keys()
             attempt.collect()
@@ -128,12 +155,12 @@ def _sum(
         except KeysLostError as lost:
             if crew.restored():
                 continue
-            failures: dict[str, BaseException] = dict.fromkeys(tasks, lost.error)
-            text = f"round {number}: no worker is left; the model is unchanged{causes(failures)}"
-            raise QuorumError(text, failures=failures) from lost.error
+            why, cause = "no worker is left", lost.error
+            failures = dict.fromkeys(attempt.sum.setup.cohort, lost.error)
         except QuorumError as error:
-            text = f"round {number}: {error}; the model is unchanged{causes(attempt.failures)}"
-            raise QuorumError(text, failures=attempt.failures) from error.__cause__
+            why, cause = str(error), error.__cause__
+        text = f"round {start.number}: {why}; the model is unchanged{causes(failures)}"
+        raise QuorumError(text, failures=failures) from cause
     raise AssertionError("the last attempt loses no keys")
 
 
