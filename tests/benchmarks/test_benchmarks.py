@@ -28,7 +28,8 @@ def run(*arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("name", "rows"), [("start", 7), ("overlap", 5), ("tensors", 11), ("pointers", 9), ("soak", 18)]
+    ("name", "rows"),
+    [("start", 7), ("overlap", 5), ("tensors", 11), ("pointers", 9), ("soak", 18), ("privacy", 9)],
 )
 def test_prints_a_table_of_numbers(name, rows):
     title, rule, *lines = run(f"benchmarks.{name}", "--quick").splitlines()

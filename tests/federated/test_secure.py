@@ -525,10 +525,9 @@ def test_the_tap_finds_an_update_in_the_clear(cluster, monkeypatch):
         assert {"model, float32", "loss"} <= found(everything, traces(client, shard))
 
 
+@pytest.mark.parametrize("transport", ["inline"])
 def test_the_tap_finds_an_update_in_fixed_point_that_was_not_masked(cluster, monkeypatch):
     """Inline workers run the code of this process, so it can be broken here."""
-    if cluster.transport != "inline":
-        pytest.skip("needs inline workers")
     monkeypatch.setattr("fedproc.client.secure.SecureClient.mask", lambda self, words, sealed: None)
     monkeypatch.setattr(secure_attempt.SecureSum, "unmask", lambda s, a: torch.ones(29).long())
     tap = Tap(monkeypatch)
