@@ -35,22 +35,28 @@ _NONCE: Final = bytes(12)
 _COUNTER: Final = bytes(_BLOCK_BYTES)
 
 
-def public_key(private: bytes) -> bytes:
-    """Returns the X25519 public key (32 bytes) of a private key (32 bytes)."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+def private_key(secret: bytes) -> X25519PrivateKey:
+    """Makes a private key of 32 random bytes; it costs as much as an agreement, so keep it."""
+    return X25519PrivateKey.from_private_bytes(secret)
 
 
-def agree(private: bytes, public: bytes, purpose: bytes) -> bytes:
-    """Returns the key of 32 bytes that two parties share, each with the other's public key.
+def public_key(private: X25519PrivateKey) -> bytes:
+    """Returns the public key (32 bytes) of a private key."""
+    return private.public_key().public_bytes_raw()
+
+
+def agree(private: X25519PrivateKey, public: bytes, purpose: bytes, keys: int = 1) -> list[bytes]:
+    """Returns the keys of 32 bytes that two parties share, each with the other's public key.
 
     Args:
         private: One's own private key.
         public: The other's public key.
-        purpose: What the key is for; other purposes give unrelated keys.
+        purpose: What the keys are for; other purposes give unrelated keys.
+        keys: How many.
     """
-    own = X25519PrivateKey.from_private_bytes(private)
-    secret = own.exchange(X25519PublicKey.from_public_bytes(public))
-    return HKDF(hashes.SHA256(), KEY_BYTES, None, purpose).derive(secret)
+    secret = private.exchange(X25519PublicKey.from_public_bytes(public))
+    stream = HKDF(hashes.SHA256(), keys * KEY_BYTES, None, purpose).derive(secret)
+    return [stream[place : place + KEY_BYTES] for place in range(0, len(stream), KEY_BYTES)]
 
 
 def seal(key: bytes, message: bytes) -> bytes:

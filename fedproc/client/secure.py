@@ -87,10 +87,13 @@ class SecureClient:
             raise NotPermittedError(f"client {name!r} refuses a threshold below 2: a sum of one")
         self._name, self._setup = name, setup
         self._points = setup.points()
-        self._sealing, self._masking, self._self_mask = (
+        sealing, self._masking_secret, self._self_mask = (
             os.urandom(masking.KEY_BYTES) for _ in range(3)
         )
+        self._sealing = masking.private_key(sealing)
+        self._masking = masking.private_key(self._masking_secret)
         self._keys: dict[str, PublicKeys] = {}
+        self._opening: dict[str, bytes] = {}
         self._sealed: dict[str, bytes] = {}
         self._own_shares = b""
         self._done = ""
@@ -120,11 +123,11 @@ class SecureClient:
         self._keys = dict(keys)
         of_mask, of_key = (
             shamir.split(secret, self._setup.threshold, len(self._points))
-            for secret in (self._self_mask, self._masking)
+            for secret in (self._self_mask, self._masking_secret)
         )
         shares = {v: of_mask[self._points[v] - 1] + of_key[self._points[v] - 1] for v in keys}
         self._own_shares = shares.pop(self._name)
-        return {v: masking.seal(self._key_for(self._name, v), shares[v]) for v in shares}
+        return {v: masking.seal(self._sealing_key(v), shares[v]) for v in shares}
 
     def mask(self, words: Words, sealed: Mapping[str, bytes]) -> None:
         """Step 2: masks the vector in place.
@@ -142,7 +145,7 @@ class SecureClient:
         masking.add_mask(words, self._self_mask)
         purpose = mask_purpose(self._setup)
         for v in sealed:
-            key = masking.agree(self._masking, self._keys[v].masking, purpose)
+            (key,) = masking.agree(self._masking, self._keys[v].masking, purpose)
             masking.add_mask(words, key, subtract=self._points[v] < self._points[self._name])
 
     def unmask(self, survivors: Collection[str]) -> Released:
@@ -185,12 +188,13 @@ class SecureClient:
         if why is not None:
             raise NotPermittedError(f"client {self._name!r} refuses: {why}")
 
-    def _key_for(self, sender: str, receiver: str) -> bytes:
-        """Returns the key of the one message from sender to receiver; one of them is this one."""
-        other = receiver if sender == self._name else sender
-        path = f"{self._points[sender]} to {self._points[receiver]} "
-        purpose = b"fedproc secure aggregation: shares " + path.encode() + self._setup.context
-        return masking.agree(self._sealing, self._keys[other].sealing, purpose)
+    def _sealing_key(self, receiver: str) -> bytes:
+        """Returns the key of the one message to another client; notes that of the one from it."""
+        purpose = b"fedproc secure aggregation: shares " + self._setup.context
+        up, down = masking.agree(self._sealing, self._keys[receiver].sealing, purpose, keys=2)
+        later = self._points[receiver] > self._points[self._name]
+        to, self._opening[receiver] = (up, down) if later else (down, up)
+        return to
 
     def _open(self, sender: str) -> bytes:
-        return masking.unseal(self._key_for(sender, self._name), self._sealed[sender])
+        return masking.unseal(self._opening[sender], self._sealed[sender])

@@ -101,12 +101,12 @@ class SecureSum:
 
     def _remove_pairs(self, dropped: str, shares: Mapping[str, Mapping[str, bytes]]) -> None:
         """Takes away the masks that survivors share with a client that dropped out."""
-        private = self._rebuild(dropped, shares)
+        private = masking.private_key(self._rebuild(dropped, shares))
         if masking.public_key(private) != self.keys[dropped].masking:
             raise ValueError(f"the shares of client {dropped!r} do not give its masking key")
         points, purpose = self.setup.points(), mask_purpose(self.setup)
         for u in self.survivors:
-            key = masking.agree(private, self.keys[u].masking, purpose)
+            (key,) = masking.agree(private, self.keys[u].masking, purpose)
             # the survivor added it if the other one came later, and subtracted it otherwise
             masking.add_mask(self._words, key, subtract=points[dropped] > points[u])
 

@@ -244,11 +244,12 @@ def test_masks_wrap_and_undo():
 
 
 def test_both_sides_agree_on_one_key_and_other_purposes_on_another():
-    a, b = (bytes([place]) * 32 for place in (1, 2))
-    one = masking.agree(a, masking.public_key(b), b"x")
-    assert one == masking.agree(b, masking.public_key(a), b"x")
-    assert one != masking.agree(a, masking.public_key(b), b"y")
-    assert len(one) == 32
+    a, b = (masking.private_key(bytes([place]) * 32) for place in (1, 2))
+    one = masking.agree(a, masking.public_key(b), b"x", keys=2)
+    assert one == masking.agree(b, masking.public_key(a), b"x", keys=2)
+    other = masking.agree(a, masking.public_key(b), b"y", keys=2)
+    assert len({*one, *other}) == 4
+    assert {len(key) for key in one} == {32}
 
 
 @given(secret=st.binary(min_size=32, max_size=32), points=st.integers(1, 9), data=st.data())
