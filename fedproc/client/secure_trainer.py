@@ -95,11 +95,12 @@ class SecureTrainer(Trainer):
         """
         try:
             self._footprint.step(task.place)
-            space = self._resident.layout.new_block()
+            layout = self._resident.layout
+            pieces, space = layout.pieces(block), layout.new_block()
             with preserved_streams(self._device):
-                update = self._train(block, task, ({}, shared or {}), space)
+                update = self._train(pieces, task, ({}, shared or {}), layout.slot(space))
             update.block = space
-            words = SummedVector(self._resident.layout, *form).write(block, update)
+            words = SummedVector(layout, *form).write(block, update)
             self._clients[task.client].mask(words.numpy().view(np.uint64), sealed)
         except BaseException as error:  # noqa: BLE001 - whatever it is, only its kind is told
             self._clients.pop(task.client, None)

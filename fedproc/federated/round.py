@@ -19,7 +19,7 @@ from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast, Collector
 from fedproc.federated.fold import Fold, Received
 from fedproc.federated.history import RoundRecord, describe
-from fedproc.federated.master import advance, without_master
+from fedproc.federated.master import next_parameters, without_master
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,33 +257,13 @@ def _apply(
         non_finite=sum(isinstance(e, FloatingPointError) for e in tally.failures.values()),
     )
     try:
-        new, state = next_parameters(layout, rules, start, received, tally.kept, population)
+        new, state = next_parameters(
+            layout, rules.strategy, start, received, tally.kept, population
+        )
     except QuorumError as error:
         message = f"round {start.number}: {error}{causes(tally.failures)}"
         raise QuorumError(message, failures=tally.failures) from error
     return fold.write(new), state
-
-
-def next_parameters(
-    layout: Layout,
-    rules: Rules,
-    start: Start,
-    received: Received,
-    kept: Mapping[str, dict[str, Any]],
-    population: int,
-) -> tuple[Tensor, State]:
-    """Lets the strategy take its step; in the float32 master, if it keeps one.
-
-    Returns:
-        The new trained parameters (float64, shape (parameters,)) and the new state.
-    """
-    x, strategy = layout.flat_trained(start.block), rules.strategy
-    new, state = strategy.step(x, received, without_master(start.state))
-    state = strategy.after(state, start.kept, kept, population)
-    if strategy.keeps_master():
-        new, master = advance(layout, x, new, start.state)
-        state = {**state, **master}
-    return new, state
 
 
 def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:

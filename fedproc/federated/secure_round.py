@@ -22,8 +22,8 @@ from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast
 from fedproc.federated.fold import Received, cast_into
 from fedproc.federated.lane import Deadline
-from fedproc.federated.master import without_master
-from fedproc.federated.round import Outcome, causes, next_parameters, tasks_of
+from fedproc.federated.master import next_parameters, without_master
+from fedproc.federated.round import Outcome, causes, tasks_of
 from fedproc.federated.secure_attempt import Attempt, KeysLostError
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _apply(
     x = layout.flat_trained(start.block)
     change, of_buffers = totals.change[: len(x)], totals.change[len(x) :]
     received = Received(mean=x + change, rows=None, weights=(), step_norms=(), non_finite=0)
-    new, state = next_parameters(layout, rules, start, received, {}, population)
+    new, state = next_parameters(layout, rules.strategy, start, received, {}, population)
     block = layout.new_block()
     cast_into(block, layout.of_kind("trained"), new)
     _add_into(block, layout.of_kind("mean"), start.block, of_buffers)
