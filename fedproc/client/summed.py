@@ -36,8 +36,10 @@ class Totals:
     """What the sum over the survivors says.
 
     Attributes:
-        change: Weighted mean change of trained parameters and of floating buffers: float64,
-            shape (their number,), trained ones first.
+        change: Sum of the weighted changes of trained parameters and of floating buffers:
+            float64, shape (their number,), trained ones first. What is added to the sum, such as
+            noise, is added here.
+        weight: Sum of the weights.
         growth: Largest growth of each element of the integer buffers: int64.
         examples: Rows of the survivors.
         loss: Mean loss over all rows processed; None if nobody told.
@@ -45,6 +47,7 @@ class Totals:
     """
 
     change: Tensor
+    weight: int
     growth: Tensor
     examples: int
     loss: float | None
@@ -79,7 +82,8 @@ class SummedVector:
         """Makes the vector of one client.
 
         Args:
-            start: The global model in flat form.
+            start: What a change is measured from: the global model in flat form; zeros, if the
+                update holds changes already.
             update: What the client returns, with its model in flat form.
 
         Returns:
@@ -113,7 +117,8 @@ class SummedVector:
             if told
         }
         return Totals(
-            change=self.fixed.decode(total[: self._changes]).div_(weight),
+            change=self.fixed.decode(total[: self._changes]),
+            weight=weight,
             growth=largest.read(total[self._changes : -_TAIL]),
             examples=examples,
             loss=loss_sum / rows if rows else metrics.get("loss"),

@@ -178,7 +178,8 @@ def _apply(
 ) -> tuple[Tensor, State]:
     """Makes the new model from the mean change."""
     x = layout.flat_trained(start.block)
-    change, of_buffers = totals.change[: len(x)], totals.change[len(x) :]
+    mean = totals.change / totals.weight
+    change, of_buffers = mean[: len(x)], mean[len(x) :]
     received = Received(mean=x + change, rows=None, weights=(), step_norms=(), non_finite=0)
     new, state = next_parameters(layout, rules.strategy, start, received, {}, population)
     block = layout.new_block()

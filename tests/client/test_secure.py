@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from fedproc.client import masking, shamir
 from fedproc.client.fixed_point import FixedPoint
+from fedproc.client.layout import Layout
 from fedproc.client.secure import PublicKeys, SecureClient, Setup
+from fedproc.client.summed import SummedVector
+from fedproc.client.update import Update
 from fedproc.errors import NotPermittedError, QuorumError
 from fedproc.federated.secure_sum import SecureSum
 
@@ -342,3 +345,17 @@ def test_the_mean_is_exact_to_the_resolution(values, weights):
     mean = form.decode(total) / sum(weights)
     error = len(weights) * 2.0**-33 / sum(weights)
     assert torch.all((mean - exact).abs() <= error + exact.abs() * 1e-15)
+
+
+def test_changes_that_were_clipped_before_are_summed_as_they_are():
+    """The seam for clipping: an update that holds changes is measured from zeros."""
+    layout = Layout.of(torch.nn.BatchNorm1d(2))
+    form = SummedVector(layout, FixedPoint(32, 2), uniform=True)
+    block = layout.new_block()
+    layout.sections[0].view(block).copy_(torch.tensor([0.5, -0.25, 2.0, 0.0]))
+    update = Update(block, examples=7, steps=3.0, step_norm=None, rows=14, loss_sum=7.0)
+    words = form.write(layout.new_block(), update)
+    totals = form.read(words + words)
+    assert totals.change.tolist() == [1.0, -0.5, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert (totals.weight, totals.examples, totals.loss) == (2, 14, 0.5)
+    assert (totals.growth.tolist(), totals.metrics) == ([0], {})
