@@ -27,12 +27,15 @@ class Task:
         round: Number of the round, from 1.
         seed: Seed of the run; every stream of the client derives from it.
         place: Its place in the cohort.
+        clip_norm: Return the change of the model, clipped to this L2 norm, instead of the model;
+            None: return the model.
     """
 
     client: str
     round: int
     seed: int
     place: int = 0
+    clip_norm: float | None = None
 
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:
@@ -53,7 +56,8 @@ class Update:
     """What a client returns; the trainer fills in ``block`` and the times last.
 
     Attributes:
-        block: The trained model in the flat form of its layout: uint8, shape (nbytes,).
+        block: The trained model in the flat form of its layout, or its clipped change, see
+            :func:`fedproc.client.clipping.clip_update`: uint8, shape (nbytes,).
         examples: Rows the client holds.
         steps: Optimizer steps, or ``metrics["steps"]`` of a custom function, or None.
         step_norm: Sum of the coefficients by which the steps applied the gradients, in units of
@@ -64,6 +68,7 @@ class Update:
         state: What the client keeps if the update is accepted.
         began, ended: When it trained, in seconds of ``time.perf_counter``, which all processes of
             a machine share.
+        within: Whether the change was small enough not to be clipped; None without clipping.
     """
 
     block: Tensor
@@ -76,6 +81,7 @@ class Update:
     state: dict[str, Any] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
+    within: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
