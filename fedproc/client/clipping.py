@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from fedproc.client.layout import Layout
+    from fedproc.client.layout import Layout, Slot
 
 # Pieces that torch sums in one thread: the norm has the same bits for any number of threads.
 _PIECE: Final = 1 << 15
@@ -26,18 +26,18 @@ _MARGIN: Final = 1.0 - 2.0**-40
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def clip_update(layout: Layout, start: Tensor, block: Tensor, clip_norm: float) -> bool:
+def clip_update(layout: Layout, start: Sequence[Tensor], slot: Slot, clip_norm: float) -> bool:
     """Makes a trained model the clipped change of it, in place.
 
-    The trained sections of ``block`` become d * min(1, clip_norm / ||d||), d = trained - start. One
+    The trained sections of ``slot`` become d * min(1, clip_norm / ||d||), d = trained - start. One
     norm over all of them, in float64; every value is rounded towards zero to the dtype of its
     parameter, so the L2 norm of what leaves is at most ``clip_norm``. Buffers become zero: nothing
     of them leaves.
 
     Args:
-        layout: The form of both blocks.
-        start: The global model: uint8, shape (nbytes,); read only.
-        block: The trained model, finite: uint8, shape (nbytes,); becomes the clipped change.
+        layout: The form of the model.
+        start: The global model, as :meth:`fedproc.client.layout.Layout.pieces` lists it; read only.
+        slot: The trained model, finite; becomes the clipped change.
         clip_norm: The largest norm.
 
     Returns:
@@ -47,7 +47,7 @@ def clip_update(layout: Layout, start: Tensor, block: Tensor, clip_norm: float) 
         FloatingPointError: The change is too large for float64.
     """
     squares = []
-    for before, after in _pieces(layout, start, block):
+    for before, after in _pieces(layout, start, slot):
         change = after.double() - before.double()
         squares.append(torch.dot(change, change).item())
     norm = math.sqrt(math.fsum(squares))
@@ -55,18 +55,22 @@ def clip_update(layout: Layout, start: Tensor, block: Tensor, clip_norm: float) 
         raise FloatingPointError("the norm of the update is not finite")
     within = norm <= clip_norm
     factor = 1.0 if within else clip_norm / norm * _MARGIN
-    for before, after in _pieces(layout, start, block):
+    for before, after in _pieces(layout, start, slot):
         _round_towards_zero((after.double() - before.double()).mul_(factor), after)
-    for section in layout.sections:
+    for section, values in zip(layout.sections, slot, strict=True):
         if section.kind != "trained":
-            section.view(block).zero_()
+            values.zero_()
     return within
 
 
-def _pieces(layout: Layout, start: Tensor, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for section in layout.of_kind("trained"):
-        before, after = section.view(start), section.view(block)
-        yield from zip(torch.split(before, _PIECE), torch.split(after, _PIECE), strict=True)
+def _pieces(layout: Layout, start: Sequence[Tensor], slot: Slot) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the trained parameters before and after, in pieces."""
+    befores = iter(start)  # trained sections come first
+    for section, values in zip(layout.sections, slot, strict=True):
+        if section.kind == "trained":
+            for after in torch.split(values, [entry.numel for entry in section.entries]):
+                before = next(befores).reshape(-1)
+                yield from zip(torch.split(before, _PIECE), torch.split(after, _PIECE), strict=True)
 
 
 def _round_towards_zero(values: Tensor, out: Tensor) -> None:

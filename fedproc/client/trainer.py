@@ -168,7 +168,7 @@ class Trainer:
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
             )
         if task.clip_norm is not None:
-            update.within = clip_update(self._resident.layout, block, space, task.clip_norm)
+            update.within = clip_update(self._resident.layout, pieces, slot, task.clip_norm)
         update.began, update.ended = began, time.perf_counter()
         return self._may_leave(update)
 

@@ -40,15 +40,16 @@ class Task:
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:
     """Packs tasks of one round; a plain pickle of columns costs a tenth of the records'."""
-    round_, seed = tasks[0].round, tasks[0].seed
+    first = tasks[0]
     columns = [task.client for task in tasks], [task.place for task in tasks]
-    return pickle.dumps((round_, seed, *columns), protocol=5)
+    return pickle.dumps((first.round, first.seed, first.clip_norm, *columns), protocol=5)
 
 
 def unpack_tasks(packed: bytes) -> list[Task]:
     """Unpacks what :func:`pack_tasks` packed."""
-    round_, seed, clients, places = pickle.loads(packed)
-    return [Task(c, round_, seed, place) for c, place in zip(clients, places, strict=True)]
+    round_, seed, clip_norm, clients, places = pickle.loads(packed)
+    pairs = zip(clients, places, strict=True)
+    return [Task(client, round_, seed, place, clip_norm) for client, place in pairs]
 
 
 @dataclass(slots=True)
@@ -131,4 +132,5 @@ def _numbers(update: Update) -> tuple[Any, ...]:
         {},  # the state travels by itself: it may hold tensors
         update.began,
         update.ended,
+        update.within,
     )

@@ -1,7 +1,7 @@
 """The Gaussian mechanism of a private run: who takes part, how much noise, what it has cost.
 
-Runs in the parent. Like a strategy it is immutable, but for its stream of secret numbers; what
-changes from round to round is a :class:`Spent` that the aggregator keeps, saves and gives back.
+Runs in the parent. The mechanism is what does not change from round to round. What does is in a
+:class:`Ledger`: each round makes a new one out of the last, and the aggregator keeps and saves it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedproc.federated.noise import SecretStream
 from fedproc.federated.private_fold import PrivateFold
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -27,21 +27,18 @@ if TYPE_CHECKING:
 _COUNT_NOISE: Final = 1 / 20
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What the rounds so far have cost, and where adaptive clipping stands.
+class Mechanism:
+    """What all rounds of a run have in common.
 
     Attributes:
-        rounds: Rounds whose result was released.
-        clip_norm: The norm of the next round.
+        privacy: What the user asked for.
+        rate: The probability q with which a client takes part in a round.
+        denominator: What sums are divided by: q N, the expected size of a cohort.
+        update_noise: Standard deviation of the noise on the sum, in units of the clip norm.
+        count_noise: The same on the count of unclipped clients; 0 without adaptive clipping.
+        accountant: Rounds -> epsilon.
+        stream: Where random numbers come from.
     """
-
-    rounds: int
-    clip_norm: float
-
-
-class Mechanism:
-    """Draws cohorts, adds noise and accounts for both."""
 
     def __init__(
         self,
@@ -54,86 +51,89 @@ class Mechanism:
 
         Args:
             privacy: What the user asked for.
-            rate: The probability q with which a client takes part in a round.
+            rate: The probability with which a client takes part in a round.
             population: The number N of all clients.
-            stream: Where random numbers come from; None takes a new secret one.
-
-        Raises:
-            ValueError: The budget does not pay for one round.
+            stream: None takes a new secret one.
         """
-        self.privacy = privacy
-        self._rate = rate
-        self._denominator = rate * population
-        self._stream = stream or SecretStream()
+        self.privacy, self.rate = privacy, rate
+        self.denominator = rate * population
+        self.stream = stream or SecretStream()
         noise = privacy.noise_multiplier
-        self._count_noise = count_noise(noise, self._denominator) if privacy.adaptive else 0.0
-        self._update_noise = update_noise(noise, self._count_noise)
-        self._accountant = Accountant(rate, noise, privacy.delta)
-        if not self._affords(Spent(0, privacy.clip_norm)):
-            raise ValueError(
-                f"max_epsilon={privacy.max_epsilon:g} pays for no round: one costs "
-                f"{self._accountant.epsilon(1):.4g}; use more noise or a lower clients_per_round"
-            )
+        self.count_noise = count_noise(noise, self.denominator) if privacy.adaptive else 0.0
+        self.update_noise = update_noise(noise, self.count_noise)
+        self.accountant = Accountant(rate, noise, privacy.delta)
 
-    def start(self) -> Spent:
-        """Returns what is spent before the first round."""
-        return Spent(0, float(self.privacy.clip_norm))
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be the same when a run continues; the budget may be another."""
+        facts = asdict(self.privacy) | {"clients_per_round": self.rate}
+        del facts["max_epsilon"]
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where a private run stands: what its rounds have cost, and what the next one needs.
+
+    Attributes:
+        mechanism: What does not change.
+        rounds: Rounds whose result was released.
+        clip_norm: The norm to which clients clip in the next round.
+    """
+
+    mechanism: Mechanism
+    rounds: int
+    clip_norm: float
+
+    @property
+    def epsilon(self) -> float:
+        """The cost of all rounds so far together."""
+        return self.mechanism.accountant.epsilon(self.rounds)
 
     def draw(self, clients: Sequence[str]) -> tuple[str, ...]:
         """Draws each client by itself, from the secret stream: sampling protects if it is secret.
 
         Returns:
             The cohort in the order of ``clients``; it may be empty.
+
+        Raises:
+            PrivacyBudgetError: One more round would cost more than the budget.
         """
-        chances = self._stream.uniform(len(clients)).tolist()
+        self._require_budget()
+        chances = self.mechanism.stream.uniform(len(clients)).tolist()
         pairs = zip(clients, chances, strict=True)
-        return tuple(client for client, chance in pairs if chance < self._rate)
+        return tuple(client for client, chance in pairs if chance < self.mechanism.rate)
 
-    def fold(self, layout: Layout, start: Tensor, spent: Spent) -> PrivateFold:
-        """Makes the fold of one round, with fresh noise; ``start`` is the global model."""
-        noise = self._update_noise * spent.clip_norm
-        return PrivateFold(layout, start, self._denominator, noise, self._stream)
+    def fold(self, layout: Layout, start: Tensor) -> PrivateFold:
+        """Makes the fold of the next round, with fresh noise; ``start`` is the global model."""
+        mechanism = self.mechanism
+        noise = mechanism.update_noise * self.clip_norm
+        return PrivateFold(layout, start, mechanism.denominator, noise, mechanism.stream)
 
-    def after(self, spent: Spent, within: Sequence[bool]) -> Spent:
-        """Counts one round and lets an adaptive clip norm follow.
+    def after(self, within: Iterable[bool]) -> Ledger:
+        """Counts a round and lets an adaptive clip norm follow.
 
         Args:
-            spent: Before the round.
             within: For each accepted client, whether its change was not clipped.
         """
-        norm, privacy = spent.clip_norm, self.privacy
+        mechanism, privacy, norm = self.mechanism, self.mechanism.privacy, self.clip_norm
         if privacy.adaptive:
             # Counting +1/2 and -1/2 instead of 1 and 0 halves what one client can change.
             count = math.fsum(0.5 if unclipped else -0.5 for unclipped in within)
-            if self._count_noise:
-                count += self._count_noise * self._stream.normal(1).item()
-            part = 0.5 + count / self._denominator
+            if mechanism.count_noise:
+                count += mechanism.count_noise * mechanism.stream.normal(1).item()
+            part = 0.5 + count / mechanism.denominator
             norm *= math.exp(-privacy.clip_learning_rate * (part - privacy.target_quantile))
-        return Spent(spent.rounds + 1, norm)
+        return Ledger(mechanism, self.rounds + 1, norm)
 
-    def epsilon(self, spent: Spent) -> float:
-        """Returns epsilon of all rounds so far together."""
-        return self._accountant.epsilon(spent.rounds)
-
-    def require_budget(self, spent: Spent) -> None:
-        """Raises PrivacyBudgetError if one more round would cost more than the budget."""
-        if not self._affords(spent):
-            raise PrivacyBudgetError(
-                f"the privacy budget is spent: epsilon is {self.epsilon(spent):.4g} after "
-                f"{spent.rounds} rounds, one more would make it "
-                f"{self._accountant.epsilon(spent.rounds + 1):.4g}, above "
-                f"max_epsilon={self.privacy.max_epsilon:g}; the model is as after the last round"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what must be the same when a run continues; the budget may be another."""
-        facts = asdict(self.privacy) | {"clients_per_round": self._rate}
-        del facts["max_epsilon"]
-        return facts
-
-    def _affords(self, spent: Spent) -> bool:
-        budget = self.privacy.max_epsilon
-        return budget is None or self._accountant.epsilon(spent.rounds + 1) <= budget
+    def _require_budget(self) -> None:
+        budget, next_one = self.mechanism.privacy.max_epsilon, self.rounds + 1
+        if budget is None or self.mechanism.accountant.epsilon(next_one) <= budget:
+            return
+        raise PrivacyBudgetError(
+            f"the privacy budget is spent: epsilon is {self.epsilon:.4g} after {self.rounds} "
+            f"rounds, one more would make it {self.mechanism.accountant.epsilon(next_one):.4g}, "
+            f"above max_epsilon={budget:g}; the model is as after the last round"
+        )
 
 
 def count_noise(noise_multiplier: float, expected: float) -> float:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fedproc.client.ranges import require_fraction, require_positive
 from fedproc.federated.accountant import require_library
+from fedproc.federated.mechanism import Ledger, Mechanism
 from fedproc.federated.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -78,14 +79,41 @@ class DifferentialPrivacy:
         require_library()
 
 
-def require_private(
-    privacy: object, clients_per_round: object, weighting: str, strategy: Strategy
-) -> DifferentialPrivacy:
-    """Returns ``privacy`` if the others leave its guarantee whole.
+def open_ledger(
+    privacy: DifferentialPrivacy | None,
+    clients: int,
+    clients_per_round: float,
+    weighting: str,
+    strategy: Strategy,
+) -> Ledger | None:
+    """Begins a private run; None without ``privacy``.
+
+    Args:
+        privacy: What the user asked for.
+        clients: The number of all clients.
+        clients_per_round: The probability of each to take part.
+        weighting: Must be "uniform".
+        strategy: Must use nothing but the mean.
 
     Raises:
-        ValueError: They do not; the text says why.
+        ValueError: The others do not leave the guarantee whole, or the budget pays for no round.
     """
+    if privacy is None:
+        return None
+    _require_whole(privacy, clients_per_round, weighting, strategy)
+    mechanism = Mechanism(privacy, clients_per_round, clients)
+    once, budget = mechanism.accountant.epsilon(1), privacy.max_epsilon
+    if budget is not None and once > budget:
+        raise ValueError(
+            f"max_epsilon={budget:g} pays for no round: one costs {once:.4g}; use more noise or a "
+            "lower clients_per_round"
+        )
+    return Ledger(mechanism, 0, float(privacy.clip_norm))
+
+
+def _require_whole(
+    privacy: object, clients_per_round: object, weighting: str, strategy: Strategy
+) -> None:
     if not isinstance(privacy, DifferentialPrivacy):
         message = f"privacy must be a DifferentialPrivacy(…), got {privacy!r}"
     elif not isinstance(clients_per_round, float):
@@ -112,7 +140,7 @@ def require_private(
             "noise: use FedAvg, FedAvgM, FedProx, FedAdagrad, FedAdam or FedYogi"
         )
     else:
-        return privacy
+        return
     raise ValueError(message)
 
 
@@ -122,8 +150,10 @@ def _uses_the_mean_alone(strategy: Strategy) -> bool:
     return kind.mean_weight is Strategy.mean_weight and kind.after is Strategy.after
 
 
-def warn_of_weakness(privacy: DifferentialPrivacy, model: nn.Module, clients: int) -> None:
+def warn_of_weakness(privacy: DifferentialPrivacy | None, model: nn.Module, clients: int) -> None:
     """Warns of what is allowed and hardly ever meant."""
+    if privacy is None:
+        return
     if privacy.delta >= 1 / clients:
         warnings.warn(
             f"delta={privacy.delta:g} is not below 1/{clients}, one over the number of clients: "

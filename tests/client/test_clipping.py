@@ -8,8 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedproc.client.clipping import clip_update
+from fedproc.client import clipping
 from fedproc.client.layout import Layout
+
+
+def clip_update(layout, start, block, clip_norm):
+    return clipping.clip_update(layout, layout.pieces(start), layout.slot(block), clip_norm)
 
 
 def blocks(*modules):

@@ -1,6 +1,7 @@
 """Cohorts, noise, adaptive clipping and the budget, without a cluster."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import fedproc as fp
 from fedproc.client.layout import Layout
-from fedproc.federated.mechanism import Mechanism, Spent, count_noise, update_noise
+from fedproc.federated.mechanism import Ledger, Mechanism, count_noise, update_noise
 from fedproc.federated.noise import SecretStream
 
 pytest.importorskip("dp_accounting")
@@ -16,17 +17,18 @@ pytest.importorskip("dp_accounting")
 CLIENTS = [f"client-{number}" for number in range(1000)]
 
 
-def mechanism(rate=0.1, population=1000, **settings):
+def ledger(rate=0.1, population=1000, **settings):
     wanted = {"clip_norm": 2.0, "noise_multiplier": 1.0, "delta": 1e-5} | settings
     stream = SecretStream(bytes(32))
-    return Mechanism(fp.DifferentialPrivacy(**wanted), rate, population, stream)
+    mechanism = Mechanism(fp.DifferentialPrivacy(**wanted), rate, population, stream)
+    return Ledger(mechanism, 0, wanted["clip_norm"])
 
 
 # ---------------------------------------------------------------- who takes part
 
 
 def test_every_client_is_drawn_by_itself():
-    drawn = mechanism()
+    drawn = ledger()
     cohorts = [drawn.draw(CLIENTS) for _ in range(200)]
     sizes = torch.tensor([float(len(cohort)) for cohort in cohorts])
     # binomial: mean 100, variance 90; five standard errors of 200 draws
@@ -38,19 +40,19 @@ def test_every_client_is_drawn_by_itself():
 
 
 def test_rate_1_draws_everybody_and_a_low_rate_sometimes_nobody():
-    assert mechanism(rate=1.0).draw(CLIENTS) == tuple(CLIENTS)
-    assert () in [mechanism(rate=0.1).draw(CLIENTS[:2])] + [
-        m.draw(CLIENTS[:2]) for m in [mechanism()] for _ in range(50)
+    assert ledger(rate=1.0).draw(CLIENTS) == tuple(CLIENTS)
+    assert () in [ledger(rate=0.1).draw(CLIENTS[:2])] + [
+        m.draw(CLIENTS[:2]) for m in [ledger()] for _ in range(50)
     ]
 
 
 # ---------------------------------------------------------------- the sum
 
 
-def folded(drawn, start, changes, spent=None):
+def folded(drawn, start, changes):
     layout = Layout.of(start)
     block = layout.pack(layout.tensors(start), layout.new_block())
-    fold = drawn.fold(layout, block, spent or drawn.start())
+    fold = drawn.fold(layout, block)
     for change in changes:
         clipped = layout.new_block()
         for section in layout.of_kind("trained"):
@@ -62,14 +64,14 @@ def folded(drawn, start, changes, spent=None):
 
 
 def test_the_denominator_is_fixed_whoever_took_part():
-    drawn = mechanism(rate=0.5, population=8, noise_multiplier=0.0)
+    drawn = ledger(rate=0.5, population=8, noise_multiplier=0.0)
     trained, written, start = folded(drawn, nn.Linear(3, 2), [0.5, 0.25])
     assert torch.equal(trained, start + 0.75 / 4)
     assert torch.equal(written, trained.float().double())
 
 
 def test_the_noise_has_the_standard_deviation_it_is_accounted_with():
-    drawn = mechanism(rate=0.5, population=40, noise_multiplier=3.0, clip_norm=2.0)
+    drawn = ledger(rate=0.5, population=40, noise_multiplier=3.0, clip_norm=2.0)
     trained, _, start = folded(drawn, nn.Linear(400, 500), [0.5] * 10)
     noise = trained - start - 5.0 / 20
     expected, count = 3.0 * 2.0 / 20, len(noise)
@@ -78,10 +80,10 @@ def test_the_noise_has_the_standard_deviation_it_is_accounted_with():
 
 
 def test_an_empty_round_releases_noise_and_no_two_are_alike():
-    drawn, model = mechanism(), nn.Linear(3, 2)
+    drawn, model = ledger(), nn.Linear(3, 2)
     first, second = folded(drawn, model, [])[0], folded(drawn, model, [])[0]
     assert not torch.equal(first, second)
-    assert (first != folded(mechanism(noise_multiplier=0.0), model, [])[0]).all()
+    assert (first != folded(ledger(noise_multiplier=0.0), model, [])[0]).all()
 
 
 def test_buffers_stay_as_they_are():
@@ -89,7 +91,7 @@ def test_buffers_stay_as_they_are():
     nn.init.constant_(model[1].running_mean, 7.0)
     layout = Layout.of(model)
     block = layout.pack(layout.tensors(model), layout.new_block())
-    fold = mechanism().fold(layout, block, Spent(0, 2.0))
+    fold = ledger().fold(layout, block)
     fold.add(layout.new_block(), 1.0, 1.0)
     layout.unpack(fold.write(fold.trained()[0]), layout.tensors(model))
     assert model[1].running_mean.tolist() == [7.0, 7.0]
@@ -112,46 +114,42 @@ def test_noise_is_split_between_updates_and_count():
 
 
 def test_the_norm_follows_the_quantile_exactly_without_noise():
-    drawn = mechanism(rate=1.0, population=4, noise_multiplier=0.0, adaptive=True)
-    after = drawn.after(drawn.start(), [True, True, True, False])
+    drawn = ledger(rate=1.0, population=4, noise_multiplier=0.0, adaptive=True)
+    after = drawn.after([True, True, True, False])
     assert after.rounds == 1
     assert after.clip_norm == pytest.approx(2.0 * math.exp(-0.2 * (0.75 - 0.5)))
     settings = {"adaptive": True, "target_quantile": 0.9, "clip_learning_rate": 1.0}
-    drawn = mechanism(rate=1.0, population=4, noise_multiplier=0.0, **settings)
-    assert drawn.after(Spent(5, 1.0), [False] * 4).clip_norm == pytest.approx(math.exp(0.9))
+    drawn = ledger(rate=1.0, population=4, noise_multiplier=0.0, **settings)
+    assert replace(drawn, rounds=5, clip_norm=1.0).after([False] * 4).clip_norm == pytest.approx(
+        math.exp(0.9)
+    )
 
 
 def test_the_norm_settles_where_the_quantile_is():
-    drawn = mechanism(rate=1.0, population=100, clip_norm=0.01, adaptive=True, target_quantile=0.7)
-    spent, norms = drawn.start(), [number / 10 for number in range(100)]
+    drawn = ledger(rate=1.0, population=100, clip_norm=0.01, adaptive=True, target_quantile=0.7)
+    norms = [number / 10 for number in range(100)]
     for _ in range(120):
-        spent = drawn.after(spent, [norm <= spent.clip_norm for norm in norms])
-    assert spent.clip_norm == pytest.approx(7.0, rel=0.15)
+        drawn = drawn.after([norm <= drawn.clip_norm for norm in norms])
+    assert drawn.clip_norm == pytest.approx(7.0, rel=0.15)
 
 
 def test_a_fixed_norm_stays():
-    drawn = mechanism()
-    assert drawn.after(drawn.start(), [False] * 50) == Spent(1, 2.0)
+    after = ledger().after([False] * 50)
+    assert (after.rounds, after.clip_norm) == (1, 2.0)
 
 
 # ---------------------------------------------------------------- the budget
 
 
 def test_the_budget_ends_before_it_is_exceeded():
-    free = mechanism()
-    limit = free.epsilon(Spent(3, 2.0))
-    drawn = mechanism(max_epsilon=limit)
-    spent = drawn.start()
+    limit = replace(ledger(), rounds=3).epsilon
+    spent = ledger(max_epsilon=limit)
     for _ in range(3):
-        drawn.require_budget(spent)
-        spent = drawn.after(spent, [])
+        spent.draw(CLIENTS)
+        spent = spent.after([])
+    assert spent.epsilon == limit
     with pytest.raises(fp.PrivacyBudgetError, match=r"after 3 rounds, one more would make it"):
-        drawn.require_budget(spent)
-
-
-def test_a_budget_below_one_round_is_refused():
-    with pytest.raises(ValueError, match="pays for no round: one costs"):
-        mechanism(max_epsilon=1e-3)
+        spent.draw(CLIENTS)
 
 
 # ---------------------------------------------------------------- what is refused
