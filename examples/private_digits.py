@@ -53,7 +53,7 @@ with fp.Cluster() as cluster:
         history = train(data, fp.DifferentialPrivacy(1.0, noise, DELTA))
         spent = [record.epsilon for record in history]
         accuracy = [record.evaluation.accuracy for record in history]
-        axes.plot(spent, accuracy, colour, marker=".", label=f"noise multiplier {noise:g}")
+        axes.plot(spent, accuracy, colour, marker=".", label=f"noise {noise:g}")
         costs = ", ".join(f"{spent[n - 1]:6.2f}" for n in (10, 20, 30))
         reached = ", ".join(f"{accuracy[n - 1]:.1%}" for n in (10, 20, 30))
         print(f"{noise:16g}   {costs:>31s}   {reached}")
