@@ -121,7 +121,8 @@ class Ledger:
             count = math.fsum(0.5 if unclipped else -0.5 for unclipped in within)
             if mechanism.count_noise:
                 count += mechanism.count_noise * mechanism.stream.normal(1).item()
-            part = 0.5 + count / mechanism.denominator
+            # a part of the clients; noise on few of them may say less than none, or more than all
+            part = min(1.0, max(0.0, 0.5 + count / mechanism.denominator))
             norm *= math.exp(-privacy.clip_learning_rate * (part - privacy.target_quantile))
         return Ledger(mechanism, self.rounds + 1, norm)
 

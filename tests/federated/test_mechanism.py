@@ -133,6 +133,12 @@ def test_the_norm_settles_where_the_quantile_is():
     assert drawn.clip_norm == pytest.approx(7.0, rel=0.15)
 
 
+def test_noise_on_a_count_of_few_moves_the_norm_no_further_than_a_count_could():
+    drawn = ledger(rate=1e-9, population=4, adaptive=True)
+    steps = {round(math.log(drawn.after([]).clip_norm / 2.0), 9) for _ in range(20)}
+    assert steps == {-0.1, 0.1}
+
+
 def test_a_fixed_norm_stays():
     after = ledger().after([False] * 50)
     assert (after.rounds, after.clip_norm) == (1, 2.0)
