@@ -18,10 +18,12 @@ class FixedPoint:
     Attributes:
         bits: Fractional bits.
         terms: How many vectors are added at most.
+        towards_zero: Round so that no norm grows, instead of to the nearest.
     """
 
     bits: int
     terms: int
+    towards_zero: bool = False
 
     @property
     def bound(self) -> float:
@@ -44,7 +46,8 @@ class FixedPoint:
         """
         if not values.numel():
             return True
-        values.mul_(2.0**self.bits).round_()
+        values.mul_(2.0**self.bits)
+        values.trunc_() if self.towards_zero else values.round_()
         # one pass that finds NaN, too: it is the extreme of whatever has one
         low, high = torch.aminmax(values)
         bound = 2.0**self._bound_bits

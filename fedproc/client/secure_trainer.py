@@ -100,7 +100,9 @@ class SecureTrainer(Trainer):
             with preserved_streams(self._device):
                 update = self._train(pieces, task, ({}, shared or {}), layout.slot(space))
             update.block = space
-            words = SummedVector(layout, *form).write(block, update)
+            # what was clipped is a change already
+            origin = block if task.clip_norm is None else layout.new_block()
+            words = SummedVector(layout, *form).write(origin, update)
             self._clients[task.client].mask(words.numpy().view(np.uint64), sealed)
         except BaseException as error:  # noqa: BLE001 - whatever it is, only its kind is told
             self._clients.pop(task.client, None)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Large vectors are written piece by piece: the float64 of a piece is all that is held besides.
 _PIECE: Final = 1 << 17
-_COUNTS: Final = ("weight", "examples", "rows")
+_COUNTS: Final = ("weight", "examples", "rows", "within")
 METRICS: Final = ("loss", "steps")
 """The numbers of which means are released; any other stays in the worker."""
 _TAIL: Final = len(_COUNTS) + 1 + 2 * len(METRICS)
@@ -42,6 +42,7 @@ class Totals:
         weight: Sum of the weights.
         growth: Largest growth of each element of the integer buffers: int64.
         examples: Rows of the survivors.
+        within: Survivors whose change was not clipped; 0 without clipping.
         loss: Mean loss over all rows processed; None if nobody told.
         metrics: Weighted means of "loss" and "steps" over those who told.
     """
@@ -50,6 +51,7 @@ class Totals:
     weight: int
     growth: Tensor
     examples: int
+    within: int
     loss: float | None
     metrics: dict[str, float]
 
@@ -109,7 +111,7 @@ class SummedVector:
 
     def read(self, total: Tensor) -> Totals:
         """Reads the sum of vectors (int64, shape (numel,)) of at least one client."""
-        weight, examples, rows = total[-_TAIL:][: len(_COUNTS)].tolist()
+        weight, examples, rows, within = total[-_TAIL:][: len(_COUNTS)].tolist()
         loss_sum, *pairs = self.fixed.decode(total[-_TAIL:][len(_COUNTS) :]).tolist()
         metrics = {
             name: value / told
@@ -121,6 +123,7 @@ class SummedVector:
             weight=weight,
             growth=largest.read(total[self._changes : -_TAIL]),
             examples=examples,
+            within=within,
             loss=loss_sum / rows if rows else metrics.get("loss"),
             metrics=metrics,
         )
@@ -145,7 +148,9 @@ class SummedVector:
         for name in METRICS:
             told = weight if name in update.metrics else 0.0
             values += [told * update.metrics.get(name, 0.0), told]
-        words[: len(_COUNTS)] = torch.tensor([int(weight), update.examples, update.rows])
+        words[: len(_COUNTS)] = torch.tensor(
+            [int(weight), update.examples, update.rows, int(bool(update.within))]
+        )
         if not self.fixed.encode(torch.tensor(values, dtype=torch.float64), words[len(_COUNTS) :]):
             raise OverflowError(
                 "its loss or number of steps is not finite or leaves the range of the fixed point"

@@ -79,7 +79,7 @@ def next_parameters(
     x = layout.flat_trained(start.block)
     new, state = strategy.step(x, received, without_master(start.state))
     state = strategy.after(state, start.kept, kept, population)
-    if strategy.keeps_master():
+    if strategy.keeps_master() or start.ledger is not None:  # a private mean is a step too
         new, master = advance(layout, x, new, start.state)
         state = {**state, **master}
     return new, state

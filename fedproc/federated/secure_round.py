@@ -56,7 +56,7 @@ def play(
         QuorumError: Fewer clients than the threshold or ``min_clients``; nothing was unmasked.
     """
     tasks = tasks_of(start, crew.data.sizes, rules.seed)
-    form = _vector(layout, rules, len(tasks))
+    form = _vector(layout, rules, len(tasks), private=start.ledger is not None)
     shared = rules.strategy.shared(without_master(start.state))
     begin = functools.partial(
         Attempt,
@@ -102,7 +102,12 @@ def _outcome(
         metrics=totals.metrics,
         examples=totals.examples,
         bytes_moved=bytes_moved,
+        ledger=start.ledger and start.ledger.after(_marks(len(accepted), totals.within)),
     )
+
+
+def _marks(clients: int, within: int) -> list[bool]:
+    return [place < within for place in range(clients)]
 
 
 class _Listener:
@@ -122,10 +127,12 @@ class _Listener:
             self._sink(ClientFinished(self._number, client, error is not None))
 
 
-def _vector(layout: Layout, rules: Rules, clients: int) -> SummedVector:
+def _vector(layout: Layout, rules: Rules, clients: int, *, private: bool) -> SummedVector:
     assert rules.secure is not None
     uniform = rules.strategy.uniform or rules.weigh(1) == rules.weigh(2)
-    return SummedVector(layout, FixedPoint(rules.secure.bits, clients), uniform)
+    return SummedVector(
+        layout, FixedPoint(rules.secure.bits, clients, towards_zero=private), uniform
+    )
 
 
 def _needed(rules: Rules, start: Start, clients: int) -> int:
@@ -176,7 +183,13 @@ def _require(attempt: Attempt, min_clients: int) -> None:
 def _apply(
     layout: Layout, rules: Rules, start: Start, totals: Totals, population: int
 ) -> tuple[Tensor, State]:
-    """Makes the new model from the mean change."""
+    """Makes the new model from the mean change, or from the sum and the noise of a private run."""
+    if start.ledger is not None:
+        fold = start.ledger.fold(layout, start.block)
+        fold.add_sum(totals.change[: layout.trained_numel])
+        noisy = Received(fold.trained()[0], None, weights=(), step_norms=(), non_finite=0)
+        new, state = next_parameters(layout, rules.strategy, start, noisy, {}, population)
+        return fold.write(new), state
     x = layout.flat_trained(start.block)
     mean = totals.change / totals.weight
     change, of_buffers = mean[: len(x)], mean[len(x) :]
