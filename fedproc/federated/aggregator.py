@@ -104,7 +104,7 @@ class Aggregator:
             require_reachable(min_clients, size)
         strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
-        self._global = GlobalModel(model)
+        self._callbacks, self._global = tuple(callbacks), GlobalModel(model)
         rules = Rules(
             strategy=strategy,
             weigh=weight_of(weighting),
@@ -114,7 +114,6 @@ class Aggregator:
             deadline=require_deadline(deadline, data.cluster),
             secure=secure,
         )
-        self._callbacks = tuple(callbacks)
         trainer, play = how_to_play(rules, self._global.layout, size)
         self._crew = Crew(data, self._global.module, local, strategy.local_rule(), trainer)
         self._course = Course(self._crew, self._global, rules, size, ledger, play)
