@@ -1,7 +1,7 @@
 """Runs the benchmarks, each in a process of its own; writes JSON and prints all tables at the end.
 
 python -m benchmarks [--quick] [--out FILE] [start] [overlap] [ops] [tensors]
-                     [detection] [exact] [mcmahan] [soak] [pointers]
+                     [detection] [exact] [mcmahan] [clients] [privacy] [soak] [pointers]
 """
 
 import argparse
@@ -17,7 +17,9 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors", "detection", "exact", "mcmahan", "clients")
+NAMES = (
+    "start", "overlap", "ops", "tensors", "detection", "exact", "mcmahan", "clients", "privacy",
+)  # fmt: skip
 LONG = ("soak", "pointers")  # minutes each: only when named
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,6 +16,7 @@ __all__ = [
     "ClosedError",
     "Cluster",
     "CommandTimeoutError",
+    "DifferentialPrivacy",
     "EarlyStopping",
     "Evaluation",
     "FedAdagrad",
@@ -42,10 +43,12 @@ __all__ = [
     "PlacementError",
     "Pointer",
     "PointerGroup",
+    "PrivacyBudgetError",
     "QuorumError",
     "RemoteError",
     "RoundRecord",
     "Scaffold",
+    "SecureAggregation",
     "TensorBoard",
     "TensorPointer",
     "TrainContext",
@@ -74,8 +77,8 @@ _NAMES = {
     "cluster.averaging": "weighted_average",
     "cluster.cluster": "Cluster",
     "errors": """ArenaFullError CheckpointError ClosedError CommandTimeoutError FedprocError
-        NotPermittedError NotShippableError ObjectGoneError PlacementError QuorumError RemoteError
-        WorkerLostError WorkerNotFoundError WorkerStartError""",
+        NotPermittedError NotShippableError ObjectGoneError PlacementError PrivacyBudgetError
+        QuorumError RemoteError WorkerLostError WorkerNotFoundError WorkerStartError""",
     "federated.aggregator": "Aggregator",
     "federated.adapters": "columns image_tensor",
     "federated.callbacks": "CSVLogger EarlyStopping TensorBoard",
@@ -83,6 +86,8 @@ _NAMES = {
     "federated.determinism": "verify_determinism",
     "federated.history": "Evaluation History RoundRecord",
     "federated.loader": "FederatedDataLoader",
+    "federated.secure_aggregation": "SecureAggregation",
+    "federated.privacy": "DifferentialPrivacy",
     "federated.strategies": """FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi
         GeometricMedian Krum Median Scaffold TrimmedMean""",
     "remote.completed": "as_completed",

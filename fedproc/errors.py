@@ -19,6 +19,7 @@
     |   `-- ArenaFullError        (MemoryError)      no shared memory left
     `-- the round failed
         |-- QuorumError                              too few clients finished
+        |-- PrivacyBudgetError                       one more round would exceed max_epsilon
         `-- CheckpointError       (ValueError)       the file is damaged
 
 All of them pickle, with their attributes.
@@ -126,6 +127,10 @@ class QuorumError(FedprocError):
         """Keep the failures by client."""
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class PrivacyBudgetError(FedprocError):
+    """One more round would cost more epsilon than the budget; it was not begun."""
 
 
 class CheckpointError(FedprocError, ValueError):

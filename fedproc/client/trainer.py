@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproc.client.clipping import clip_update
 from fedproc.client.devices import at_home, placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
@@ -166,6 +167,8 @@ class Trainer:
             raise FloatingPointError(
                 f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
             )
+        if task.clip_norm is not None:
+            update.within = clip_update(self._resident.layout, pieces, slot, task.clip_norm)
         update.began, update.ended = began, time.perf_counter()
         return self._may_leave(update)
 

@@ -27,25 +27,29 @@ class Task:
         round: Number of the round, from 1.
         seed: Seed of the run; every stream of the client derives from it.
         place: Its place in the cohort.
+        clip_norm: Return the change of the model, clipped to this L2 norm, instead of the model;
+            None: return the model.
     """
 
     client: str
     round: int
     seed: int
     place: int = 0
+    clip_norm: float | None = None
 
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:
     """Packs tasks of one round; a plain pickle of columns costs a tenth of the records'."""
-    round_, seed = tasks[0].round, tasks[0].seed
+    first = tasks[0]
     columns = [task.client for task in tasks], [task.place for task in tasks]
-    return pickle.dumps((round_, seed, *columns), protocol=5)
+    return pickle.dumps((first.round, first.seed, first.clip_norm, *columns), protocol=5)
 
 
 def unpack_tasks(packed: bytes) -> list[Task]:
     """Unpacks what :func:`pack_tasks` packed."""
-    round_, seed, clients, places = pickle.loads(packed)
-    return [Task(c, round_, seed, place) for c, place in zip(clients, places, strict=True)]
+    round_, seed, clip_norm, clients, places = pickle.loads(packed)
+    pairs = zip(clients, places, strict=True)
+    return [Task(client, round_, seed, place, clip_norm) for client, place in pairs]
 
 
 @dataclass(slots=True)
@@ -53,7 +57,8 @@ class Update:
     """What a client returns; the trainer fills in ``block`` and the times last.
 
     Attributes:
-        block: The trained model in the flat form of its layout: uint8, shape (nbytes,).
+        block: The trained model in the flat form of its layout, or its clipped change, see
+            :func:`fedproc.client.clipping.clip_update`: uint8, shape (nbytes,).
         examples: Rows the client holds.
         steps: Optimizer steps, or ``metrics["steps"]`` of a custom function, or None.
         step_norm: Sum of the coefficients by which the steps applied the gradients, in units of
@@ -64,6 +69,7 @@ class Update:
         state: What the client keeps if the update is accepted.
         began, ended: When it trained, in seconds of ``time.perf_counter``, which all processes of
             a machine share.
+        within: Whether the change was small enough not to be clipped; None without clipping.
     """
 
     block: Tensor
@@ -76,6 +82,7 @@ class Update:
     state: dict[str, Any] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
+    within: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +132,5 @@ def _numbers(update: Update) -> tuple[Any, ...]:
         {},  # the state travels by itself: it may hold tensors
         update.began,
         update.ended,
+        update.within,
     )

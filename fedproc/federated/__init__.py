@@ -2,6 +2,7 @@
 
 EXPORTS = {
     "Aggregator": "federated.aggregator",
+    "DifferentialPrivacy": "federated.privacy",
     "Evaluation": "federated.history",
     "FedAdagrad": "federated.strategies",
     "FedAdam": "federated.strategies",

@@ -1,35 +1,36 @@
 """The aggregator: rounds of federated learning on a cluster, and one model that gets better.
 
-Runs in the parent. Keeps what lasts from round to round: the model, the strategy's state, what
-clients keep, the history. A round is computed elsewhere and committed here as a whole.
+Runs in the parent. The face of the federated layer; :mod:`fedproc.federated.course` plays.
 """
 
 from __future__ import annotations
 
 import sys
-import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedproc.client.ranges import require_at_least, require_seed
-from fedproc.errors import QuorumError
-from fedproc.events import RoundFinished, RoundStarted, Sink, ignore
+from fedproc.errors import PrivacyBudgetError
+from fedproc.events import ignore
 from fedproc.federated import checkpoint, evaluation
+from fedproc.federated.course import Course
 from fedproc.federated.crew import Crew
 from fedproc.federated.evaluation import EvaluationRows
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
-from fedproc.federated.round import Outcome, Rules, Start, play
-from fedproc.federated.sampling import cohort_size, draw_cohort
-from fedproc.federated.strategies import FedAvg, State, Strategy
+from fedproc.federated.privacy import open_ledger, warn_of_weakness
+from fedproc.federated.round import Rules
+from fedproc.federated.sampling import cohort_size
+from fedproc.federated.secure_aggregation import how_to_play
+from fedproc.federated.strategies import FedAvg, Strategy
 from fedproc.federated.timeline import Timeline
-from fedproc.federated.traffic import Traffic
 from fedproc.federated.validation import (
-    require_choices,
+    require_callable,
     require_deadline,
     require_parts,
     require_reachable,
+    weight_of,
 )
 from fedproc.progress import ProgressBar
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.evaluation import Metric
     from fedproc.federated.history import Evaluation
+    from fedproc.federated.privacy import DifferentialPrivacy
+    from fedproc.federated.secure_aggregation import SecureAggregation
 
 Callback = Callable[["Aggregator", RoundRecord], Any]
 Weighting = Literal["examples", "uniform"]
@@ -62,12 +65,14 @@ class Aggregator:
         deadline: Seconds of a round; who is not done then has failed, and a worker that still
             trains is replaced. None waits for everybody.
         retries: How often a client trains again whose worker was lost while it trained.
+        privacy: Clips what clients send and adds noise; needs ``weighting="uniform"`` and a
+            fraction for ``clients_per_round``. ``min_clients`` does not apply then.
         callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
             ends :meth:`run`.
+        secure: The parent sees masked updates only and learns their sum.
 
     Attributes:
         data, local, strategy: As given.
-        history: Records of all rounds so far.
 
     Raises:
         ValueError: A value is outside of its range, or the strategy cannot work with the others.
@@ -87,32 +92,37 @@ class Aggregator:
         deadline: float | None = None,
         retries: int = 1,
         callbacks: Sequence[Callback] = (),
+        privacy: DifferentialPrivacy | None = None,
+        secure: SecureAggregation | None = None,
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
-        require_choices(weighting, callbacks)
-        self._cohort_size = cohort_size(clients_per_round, len(data.clients))
-        require_reachable(min_clients, self._cohort_size)
-        strategy.check(local, self._cohort_size)
+        require_callable(callbacks)
+        size = cohort_size(clients_per_round, len(data.clients))
+        ledger = open_ledger(privacy, len(data.clients), clients_per_round, weighting, strategy)
+        if ledger is None:
+            require_reachable(min_clients, size)
+        strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
-        self._global = GlobalModel(model)
-        self._rules = Rules(
+        self._callbacks, self._global = tuple(callbacks), GlobalModel(model)
+        rules = Rules(
             strategy=strategy,
-            weigh=float if weighting == "examples" else _one,
+            weigh=weight_of(weighting),
             seed=require_seed(seed),
-            min_clients=min_clients,
+            min_clients=min_clients if ledger is None else 0,
             retries=require_at_least("retries", retries, 0),
             deadline=require_deadline(deadline, data.cluster),
+            secure=secure,
         )
-        self._callbacks = tuple(callbacks)
-        self._crew = Crew(data, self._global.module, local, strategy.local_rule())
-        self._round = 0
-        self._made: tuple[Outcome, RoundRecord] | None = None  # not taken over yet
-        self._state: State = strategy.initial(
-            self._global.layout.flat_trained(self._global.block())
-        )
-        self._kept: dict[str, dict[str, Any]] = {}
-        self.history = History()
+        trainer, play = how_to_play(rules, self._global.layout, size)
+        self._crew = Crew(data, self._global.module, local, strategy.local_rule(), trainer)
+        self._course = Course(self._crew, self._global, rules, size, ledger, play)
+        warn_of_weakness(privacy, model, len(data.clients))
+
+    @property
+    def history(self) -> History:
+        """Records of all rounds so far."""
+        return self._course.history
 
     @property
     def model(self) -> nn.Module:
@@ -136,7 +146,7 @@ class Aggregator:
             progress: Show a bar on standard error; None shows it on a terminal.
 
         Returns:
-            The whole history.
+            The whole history. A spent privacy budget ends the run early, with a UserWarning.
 
         Raises:
             QuorumError: A round failed; the model is as it was before that round.
@@ -145,14 +155,16 @@ class Aggregator:
         require_at_least("rounds", rounds, 0)
         require_at_least("evaluate_every", evaluate_every, 1)
         rows = None if evaluate_on is None else EvaluationRows(evaluate_on)
-        last = self._round + rounds
+        last = self._course.round + rounds
         bar = ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
         try:
-            while self._round < last:
-                due = rows if (self._round + 1) % evaluate_every == 0 else None
-                record = self._play(due, bar or ignore, last)
+            while self._course.round < last:
+                due = rows if (self._course.round + 1) % evaluate_every == 0 else None
+                record = self._course.play(due, bar or ignore, last)
                 if self._stopped_by(record):
                     break
+        except PrivacyBudgetError as error:
+            warnings.warn(f"run ended early: {error}", UserWarning, stacklevel=2)
         finally:
             if bar is not None:
                 bar.close()
@@ -164,7 +176,7 @@ class Aggregator:
         Raises:
             QuorumError: Too few clients finished; the model is unchanged.
         """
-        record = self._play(None, ignore, self._round + 1)
+        record = self._course.play(None, ignore, self._course.round + 1)
         self._stopped_by(record)
         return record
 
@@ -178,7 +190,7 @@ class Aggregator:
             QuorumError: Too few clients finished; nothing is written.
         """
         timeline = Timeline([worker.name for worker in self.data.cluster.workers])
-        record = self._play(None, ignore, self._round + 1, timeline)
+        record = self._course.play(None, ignore, self._course.round + 1, timeline)
         timeline.write(path, f"round {record.round}")
         self._stopped_by(record)
         return record
@@ -200,7 +212,7 @@ class Aggregator:
             RemoteError: The model or the loss failed.
             ValueError: There are no rows.
         """
-        self._refresh()
+        self._course.refresh()
         return evaluation.evaluate(
             self._crew, self._global.block(), EvaluationRows(data), loss, metrics
         )
@@ -211,7 +223,7 @@ class Aggregator:
         Returns:
             Client -> evaluation; loss and accuracy of a client without rows are None.
         """
-        self._refresh()
+        self._course.refresh()
         return evaluation.evaluate_clients(self._crew, self._global.block())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -220,8 +232,7 @@ class Aggregator:
         Raises:
             TypeError: A client keeps something that cannot be saved.
         """
-        saved = checkpoint.Saved(self._round, self._state, self._kept, self.history)
-        checkpoint.save(path, self.model, self._identity(), saved)
+        checkpoint.save(path, self.model, self._course.identity(), self._course.saved())
 
     @classmethod
     def load(
@@ -246,68 +257,10 @@ class Aggregator:
             ValueError: It is of another model, strategy, seed, or of other clients.
         """
         aggregator = cls(model, data, local, **keywords)
-        saved = checkpoint.load(path, aggregator.model, aggregator._identity())
-        aggregator._round, aggregator._state = saved.round, saved.state
-        aggregator._kept, aggregator.history = dict(saved.kept), saved.history
+        course = aggregator._course
+        course.resume(checkpoint.load(path, aggregator.model, course.identity()))
         return aggregator
-
-    def _play(
-        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
-    ) -> RoundRecord:
-        started, traffic = time.perf_counter(), Traffic(self.data.cluster)
-        self._refresh()
-        number, size, seed = self._round + 1, self._cohort_size, self._rules.seed
-        cohort = draw_cohort(self.data.clients, size, seed, number)
-        sink(RoundStarted(number, last, len(cohort)))
-        start = Start(number, cohort, self._global.block(), self._state, self._kept)
-        try:
-            outcome = play(self._crew, self._global.layout, self._rules, start, sink, timeline)
-        except Exception as error:
-            self._round = number  # not after Ctrl-C: an interrupted round is played again
-            if isinstance(error, QuorumError):
-                self._crew.dismiss()  # a trainer that could not be made must not stay
-            raise
-        seconds, messages = time.perf_counter() - started, traffic.since()
-        record = outcome.record(start, seconds=seconds, message_bytes=messages)
-        self._made = (outcome, record)
-        try:
-            self._commit()
-        except BaseException:  # Ctrl-C with half of it done: the round is whole, so it counts
-            self._commit()
-            raise
-        if rows is not None:
-            found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
-            record = replace(record, evaluation=found)
-            self.history.replace_last(record)
-        accuracy = record.evaluation.accuracy if record.evaluation else None
-        sink(RoundFinished(record.round, record.loss, accuracy))
-        return record
-
-    def _commit(self) -> None:
-        """Takes over what a round made. Interrupted anywhere, it can be done again."""
-        if self._made is not None:
-            outcome, record = self._made
-            self._global.load(outcome.block)
-            self._state = outcome.state
-            self._kept.update({client: kept for client, kept in outcome.kept.items() if kept})
-            self._round = record.round
-            if not self.history or self.history[-1].round < record.round:
-                self.history.append(record)
-            self._made = None
-
-    def _refresh(self) -> None:
-        """Notices what the user did to the model since the last round."""
-        self._commit()  # Ctrl-C twice may have left it undone
-        if self._global.frozen_changed():
-            self._crew.dismiss()
 
     def _stopped_by(self, record: RoundRecord) -> bool:
         answers = [callback(self, record) for callback in self._callbacks]
         return any(answer is True for answer in answers)
-
-    def _identity(self) -> checkpoint.Identity:
-        return checkpoint.Identity(self.data.clients, self._rules.seed, self.strategy)
-
-
-def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
-    return 1.0

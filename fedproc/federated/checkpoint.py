@@ -15,6 +15,7 @@ import torch
 from fedproc.errors import CheckpointError, FedprocError
 from fedproc.federated import plainstate, tensorfile
 from fedproc.federated.history import Evaluation, History, RoundRecord
+from fedproc.federated.mechanism import Ledger, Mechanism
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +32,7 @@ class Identity:
     clients: tuple[str, ...]
     seed: int
     strategy: Strategy
+    mechanism: Mechanism | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,14 @@ class Saved:
         state: State of the strategy.
         kept: Client -> what it keeps.
         history: Records of the rounds.
+        ledger: What differential privacy has cost; None without it.
     """
 
     round: int
     state: State
     kept: Mapping[str, dict[str, Any]]
     history: History
+    ledger: Ledger | None = None
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, identity: Identity, saved: Saved) -> None:
@@ -62,6 +66,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, identity: Identity, sav
         "clients": list(identity.clients),
         "seed": identity.seed,
         "strategy": _class_name(identity.strategy),
+        "privacy": _privacy(identity),
+        "ledger": saved.ledger and [saved.ledger.rounds, saved.ledger.clip_norm],
         "round": saved.round,
         "kept": [
             [client, plainstate.encode(value, f"state of client {client}", kept)]
@@ -86,22 +92,29 @@ def load(path: str | os.PathLike[str], model: nn.Module, identity: Identity) -> 
     """
     document, tensors = tensorfile.read(path)
     try:
-        found = (tuple(document["clients"]), document["seed"], document["strategy"])
+        parts = [document.get(name) for name in ("seed", "strategy", "privacy")]
+        parts = [tuple(document["clients"]), *parts]
         kept = _part(tensors, "kept/")
         saved = Saved(
             round=document["round"],
             state=_part(tensors, "strategy/"),
             kept={client: plainstate.decode(data, kept) for client, data in document["kept"]},
             history=History(_decode_record(data) for data in document["history"]),
+            ledger=_decode_ledger(document.get("ledger"), identity),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} lacks parts of a checkpoint: {error!r}") from error
-    expected = (identity.clients, identity.seed, _class_name(identity.strategy))
-    for what, there, here in zip(("clients", "seed", "strategy"), found, expected, strict=True):
-        if there != here:
-            _refuse(path, f"its {what} {_short(there)}, here {_short(here)}")
+    _require_same(path, identity, parts)
     _load_model(path, model, _part(tensors, "model/"))
     return saved
+
+
+def _require_same(path: str | os.PathLike[str], identity: Identity, parts: list[Any]) -> None:
+    names = ("clients", "seed", "strategy", "privacy")
+    here = (identity.clients, identity.seed, _class_name(identity.strategy), _privacy(identity))
+    for name, theirs, ours in zip(names, parts, here, strict=True):
+        if theirs != ours:
+            _refuse(path, f"its {name} {_short(theirs)}, here {_short(ours)}")
 
 
 def _load_model(path: str | os.PathLike[str], model: nn.Module, found: dict[str, Tensor]) -> None:
@@ -151,6 +164,17 @@ def _encode_record(record: RoundRecord) -> dict[str, Any]:
 
 def _plain(value: object) -> Any:
     return value if isinstance(value, (type(None), bool, int, float, str, list)) else repr(value)
+
+
+def _privacy(identity: Identity) -> dict[str, Any] | None:
+    return None if identity.mechanism is None else identity.mechanism.identity()
+
+
+def _decode_ledger(data: list[Any] | None, identity: Identity) -> Ledger | None:
+    if data is None or identity.mechanism is None:
+        return None
+    rounds, clip_norm = data
+    return Ledger(identity.mechanism, int(rounds), float(clip_norm))
 
 
 def _decode_record(data: dict[str, Any]) -> RoundRecord:

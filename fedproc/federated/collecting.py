@@ -20,7 +20,7 @@ from fedproc.errors import (
     RemoteError,
     WorkerLostError,
 )
-from fedproc.federated.lane import Batch, Deadline, Lane
+from fedproc.federated.lane import Batch, Deadline, Lane, missed
 from fedproc.federated.passing import call_there, take
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Collector:
                 self._settle(suspect, error)
         self._drain()
         left = [client for client in lost if client in self._open]
-        if self._restored():
+        if self._crew.restored():
             self._enqueue(left)
         else:
             for client in left:
@@ -246,28 +246,11 @@ class Collector:
             lane.abandon()
             lane.queue.clear()
         for client in sorted(self._open, key=lambda client: self._tasks[client].place):
-            self._settle(client, self._missed(client, training=client in training))
+            task, seconds = self._tasks[client], self._deadline.seconds
+            self._settle(client, missed(task, seconds, training=client in training))
         for name in late:
             self._crew.replace(name)
-        self._restored()
-
-    def _missed(self, client: str, *, training: bool) -> CommandTimeoutError:
-        what = "was still training; its worker was replaced" if training else "was still queued"
-        return CommandTimeoutError(
-            f"client {client!r} missed the deadline of {self._deadline.seconds:g} s in round "
-            f"{self._tasks[client].round}: it {what}"
-        )
-
-    def _restored(self) -> bool:
-        """Restores the data of lost workers; False if no worker is left."""
-        while True:
-            try:
-                self._crew.data.restore()
-            except WorkerLostError:  # another one was lost meanwhile, or there is none
-                if not any(worker.alive for worker in self._crew.data.cluster.workers):
-                    return False
-            else:
-                return True
+        self._crew.restored()
 
     def _enqueue(self, clients: list[str]) -> None:
         """Puts clients into the queues of their workers, at their places in the cohort."""

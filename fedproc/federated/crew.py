@@ -52,6 +52,7 @@ class Crew:
         model: nn.Module,
         local: LocalTraining | TrainFunction,
         rule: LocalRule | None,
+        trainer: type[Trainer] = Trainer,
     ) -> None:
         """Keeps what trainers are made from; starts nothing.
 
@@ -60,11 +61,13 @@ class Crew:
             model: Architecture and frozen values.
             local: What a client does.
             rule: The gradient correction of the strategy, or None.
+            trainer: What is made in each worker.
         """
         self.data = data
         self._model = model
         self._local = local
         self._rule = rule
+        self._trainer = trainer
         self._members: dict[str, _Member] = {}
         self.pace = Pace()
 
@@ -92,6 +95,17 @@ class Crew:
         worker = self.data.cluster[name]
         if worker.alive:
             self.data.cluster.replace(worker)
+
+    def restored(self) -> bool:
+        """Restores the data of lost workers; False if no worker is left."""
+        while True:
+            try:
+                self.data.restore()
+            except WorkerLostError:  # another one was lost meanwhile, or there is none
+                if not any(worker.alive for worker in self.data.cluster.workers):
+                    return False
+            else:
+                return True
 
     def alive(self) -> list[str]:
         """Lists the workers that can work.
@@ -131,7 +145,7 @@ class Crew:
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers
         model, plan = worker.send(self._model), worker.send(work)
-        return worker.run(Trainer, model, plan, blocks, spans, trail.path)
+        return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
 
 
 def training_threads(cluster: Cluster) -> int | None:

@@ -118,14 +118,15 @@ class Fold:
             trained: The new trained parameters: float64, shape (parameters,).
         """
         block = self._layout.new_block()
-        _cast_into(block, self._trained, trained)
-        _cast_into(block, self._buffers, self._buffer_mean.result())
+        cast_into(block, self._trained, trained)
+        cast_into(block, self._buffers, self._buffer_mean.result())
         for section, values in zip(self._integers, self._largest, strict=True):
             section.view(block).copy_(values)
         return block
 
 
-def _cast_into(block: Tensor, sections: Sequence[Section], vector: Tensor) -> None:
+def cast_into(block: Tensor, sections: Sequence[Section], vector: Tensor) -> None:
+    """Writes a vector over all elements of ``sections`` into ``block``, cast to their dtypes."""
     pieces = torch.split(vector, [section.numel for section in sections])
     for section, piece in zip(sections, pieces, strict=True):
         section.view(block).copy_(piece)

@@ -56,6 +56,9 @@ class RoundRecord:
         accepted: Clients whose updates count.
         skipped: Drawn clients without rows.
         examples: Rows of the accepted clients.
+        epsilon: What all rounds so far have cost together under differential privacy, infinite
+            without noise; None without ``privacy``.
+        clip_norm: The L2 norm to which the changes of this round were clipped, or None.
     """
 
     round: int
@@ -70,6 +73,8 @@ class RoundRecord:
     accepted: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     examples: int = 0
+    epsilon: float | None = None
+    clip_norm: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as data for JSON; failures become their text."""
@@ -189,6 +194,8 @@ _CSV_COLUMNS = dict.fromkeys(
         "seconds",
         "bytes_moved",
         "message_bytes",
+        "epsilon",
+        "clip_norm",
     ]
 )
 
@@ -208,5 +215,7 @@ def csv_row(record: RoundRecord) -> dict[str, Any]:
         "seconds": record.seconds,
         "bytes_moved": record.bytes_moved,
         "message_bytes": record.message_bytes,
+        "epsilon": record.epsilon,
+        "clip_norm": record.clip_norm,
         **{f"metric_{name}": value for name, value in record.metrics.items()},
     }

@@ -7,11 +7,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from fedproc.errors import CommandTimeoutError
 from fedproc.federated.passing import abandon
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fedproc.client.update import Task
     from fedproc.federated.passing import Promise
 
 # Clients of one command: as many as train in this time, so that the cost of a command is spread
@@ -84,6 +86,15 @@ class Lane:
         self.batches.clear()
         self.on_the_way = 0
         return [*submitted, *self.queue]
+
+
+def missed(task: Task, seconds: float | None, *, training: bool) -> CommandTimeoutError:
+    """Makes the failure of a client that was not done at the deadline."""
+    what = "was still training; its worker was replaced" if training else "was still queued"
+    return CommandTimeoutError(
+        f"client {task.client!r} missed the deadline of {seconds:g} s in round {task.round}: it "
+        f"{what}"
+    )
 
 
 class Pace:

@@ -10,15 +10,19 @@ It is kept and saved with the strategy's state, under a name of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from fedproc.client.layout import Layout
-    from fedproc.federated.strategies.contract import State
+    from fedproc.federated.fold import Received
+    from fedproc.federated.round import Start
+    from fedproc.federated.strategies.contract import State, Strategy
 
 _NAME: Final = "fp32 master"
 _HALF: Final = (torch.float16, torch.bfloat16)
@@ -57,3 +61,25 @@ def advance(layout: Layout, x: Tensor, new: Tensor, before: State) -> tuple[Tens
         moved.append((start + (piece - sent)).float())
         piece.copy_(moved[-1])
     return (result, {_NAME: torch.cat(moved)}) if moved else (new, {})
+
+
+def next_parameters(
+    layout: Layout,
+    strategy: Strategy,
+    start: Start,
+    received: Received,
+    kept: Mapping[str, dict[str, Any]],
+    population: int,
+) -> tuple[Tensor, State]:
+    """Lets the strategy take its step; in the float32 master, if it keeps one.
+
+    Returns:
+        The new trained parameters (float64, shape (parameters,)) and the new state.
+    """
+    x = layout.flat_trained(start.block)
+    new, state = strategy.step(x, received, without_master(start.state))
+    state = strategy.after(state, start.kept, kept, population)
+    if strategy.keeps_master() or start.ledger is not None:  # a private mean is a step too
+        new, master = advance(layout, x, new, start.state)
+        state = {**state, **master}
+    return new, state

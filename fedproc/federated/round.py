@@ -6,20 +6,19 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedproc.client.evaluation import exact_sum
 from fedproc.client.seeding import torch_threads
-from fedproc.client.update import NO_BLOCK, Task, Update
+from fedproc.client.update import Task, Update
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Broadcast, Collector
 from fedproc.federated.fold import Fold, Received
 from fedproc.federated.history import RoundRecord, describe
-from fedproc.federated.master import advance, without_master
+from fedproc.federated.master import next_parameters, without_master
+from fedproc.federated.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +26,13 @@ if TYPE_CHECKING:
     from fedproc.client.layout import Layout
     from fedproc.events import Sink
     from fedproc.federated.crew import Crew
+    from fedproc.federated.mechanism import Ledger
+    from fedproc.federated.private_fold import PrivateFold
+    from fedproc.federated.secure_aggregation import SecureAggregation
     from fedproc.federated.strategies.contract import State, Strategy
     from fedproc.federated.timeline import Timeline
+
+    AnyFold = Fold | PrivateFold
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,9 @@ class Rules:
         strategy: The server rule.
         weigh: Rows of a client -> its weight.
         seed: Seed of the run.
-        min_clients: Fewest accepted updates.
+        min_clients: Fewest accepted updates; with ``privacy`` any number will do.
         retries, deadline: See :class:`fedproc.federated.collecting.Collector`.
+        secure: How rounds of :mod:`fedproc.federated.secure_round` are played; None in others.
     """
 
     strategy: Strategy
@@ -49,6 +54,7 @@ class Rules:
     min_clients: int
     retries: int
     deadline: float | None = None
+    secure: SecureAggregation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Start:
         block: The global model in flat form.
         state: State of the strategy, and the master of half-precision parameters.
         kept: Client -> what it keeps between rounds.
+        ledger: Clips and adds noise; None does neither.
     """
 
     number: int
@@ -68,50 +75,7 @@ class Start:
     block: Tensor
     state: State
     kept: Mapping[str, dict[str, Any]]
-
-
-def _floats() -> array[float]:
-    return array("d")
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Numbers of the accepted updates in cohort order; an update itself does not outlive its turn.
-
-    Attributes:
-        first: The update that was accepted first, without its block.
-        kept: Accepted client -> what it keeps.
-        weights, step_norms, loss_sums: One of every accepted client.
-        metrics: Name -> weights and values of those that returned it.
-        examples, rows: Sums over the accepted clients.
-        failures: Client -> why its update does not count.
-    """
-
-    first: Update | None = None
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
-    weights: array[float] = field(default_factory=_floats)
-    step_norms: list[float | None] = field(default_factory=list)
-    loss_sums: array[float] = field(default_factory=_floats)
-    metrics: dict[str, tuple[array[float], array[float]]] = field(default_factory=dict)
-    examples: int = 0
-    rows: int = 0
-    failures: dict[str, BaseException] = field(default_factory=dict)
-
-    def accept(self, client: str, update: Update, weight: float) -> None:
-        """Takes in an update that was folded."""
-        update.block = NO_BLOCK
-        if self.first is None:
-            self.first = update
-        self.kept[client] = update.state
-        self.weights.append(weight)
-        self.step_norms.append(update.step_norm)
-        self.loss_sums.append(update.loss_sum)
-        for name, value in update.metrics.items():
-            weights, values = self.metrics.setdefault(name, (_floats(), _floats()))
-            weights.append(weight)
-            values.append(value)
-        self.examples += update.examples
-        self.rows += update.rows
+    ledger: Ledger | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +93,7 @@ class Outcome:
         metrics: Weighted means of the returned numbers.
         examples: Rows of the accepted clients.
         bytes_moved: Model down and updates up.
+        ledger: What privacy has cost with this round; None without it.
     """
 
     block: Tensor
@@ -141,6 +106,7 @@ class Outcome:
     metrics: Mapping[str, float]
     examples: int
     bytes_moved: int
+    ledger: Ledger | None = None
 
     def record(self, start: Start, *, seconds: float, message_bytes: int | None) -> RoundRecord:
         """Makes the record of the round, without an evaluation."""
@@ -156,6 +122,8 @@ class Outcome:
             accepted=self.accepted,
             skipped=self.skipped,
             examples=self.examples,
+            epsilon=None if self.ledger is None else self.ledger.epsilon,
+            clip_norm=None if start.ledger is None else start.ledger.clip_norm,
         )
 
 
@@ -173,9 +141,9 @@ def play(
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
     """
     sizes = crew.data.sizes
-    tasks = _tasks(start, sizes, rules.seed)
+    tasks = tasks_of(start, sizes, rules.seed)
     shared = rules.strategy.shared(without_master(start.state))
-    fold = Fold(layout, keep_rows=rules.strategy.keeps_rows)
+    fold = _fold(layout, rules, start)
     broadcast = Broadcast(start.block, shared, start.kept)
     collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline)
     tally = _fold_all(collector, rules, fold, sink, timeline)
@@ -192,27 +160,35 @@ def play(
         accepted=tuple(tally.kept),
         skipped=tuple(client for client in start.cohort if not sizes[client]),
         failures=tally.failures,
-        loss=_loss(tally),
-        metrics=_metrics(tally),
+        loss=tally.loss(),
+        metrics=tally.means(),
         examples=tally.examples,
         bytes_moved=(len(tasks) + len(tally.kept)) * payload_bytes,
+        ledger=None if start.ledger is None else start.ledger.after(tally.within),
     )
 
 
-def _tasks(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
-    """Makes the tasks of clients with rows, in cohort order."""
+def _fold(layout: Layout, rules: Rules, start: Start) -> AnyFold:
+    if start.ledger is not None:
+        return start.ledger.fold(layout, start.block)
+    return Fold(layout, keep_rows=rules.strategy.keeps_rows)
+
+
+def tasks_of(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
+    """Makes the tasks of the drawn clients that have rows, in cohort order."""
+    clip_norm = None if start.ledger is None else start.ledger.clip_norm
     return {
-        client: Task(client, start.number, seed, place)
+        client: Task(client, start.number, seed, place, clip_norm)
         for place, client in enumerate(start.cohort)
         if sizes[client]
     }
 
 
 def _fold_all(
-    collector: Collector, rules: Rules, fold: Fold, sink: Sink, timeline: Timeline | None
-) -> _Tally:
+    collector: Collector, rules: Rules, fold: AnyFold, sink: Sink, timeline: Timeline | None
+) -> Tally:
     """Takes what the clients return, in cohort order."""
-    tally = _Tally()
+    tally = Tally()
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
         for task, result in collector.updates():
@@ -226,7 +202,7 @@ def _fold_all(
 
 
 def _take(
-    client: str, result: Update | BaseException, rules: Rules, fold: Fold, tally: _Tally
+    client: str, result: Update | BaseException, rules: Rules, fold: AnyFold, tally: Tally
 ) -> None:
     """Folds an update, or notes why it does not count."""
     if isinstance(result, BaseException):
@@ -243,57 +219,45 @@ def _take(
 
 
 def _apply(
-    layout: Layout, rules: Rules, start: Start, fold: Fold, tally: _Tally, population: int
+    layout: Layout, rules: Rules, start: Start, fold: AnyFold, tally: Tally, population: int
 ) -> tuple[Tensor, State]:
+    received = _received(start, fold, tally)
+    try:
+        new, state = next_parameters(
+            layout, rules.strategy, start, received, tally.kept, population
+        )
+    except QuorumError as error:
+        message = f"round {start.number}: {error}{causes(tally.failures)}"
+        raise QuorumError(message, failures=tally.failures) from error
+    return fold.write(new), state
+
+
+def _received(start: Start, fold: AnyFold, tally: Tally) -> Received:
     mean, rows = fold.trained()
-    received = Received(
+    if start.ledger is not None:  # the mean has noise, nothing else does
+        return Received(mean, rows, weights=(), step_norms=(), non_finite=0)
+    return Received(
         mean=mean,
         rows=rows,
         weights=tuple(tally.weights),
         step_norms=tuple(tally.step_norms),
         non_finite=sum(isinstance(e, FloatingPointError) for e in tally.failures.values()),
     )
-    x = layout.flat_trained(start.block)
-    try:
-        new, state = rules.strategy.step(x, received, without_master(start.state))
-    except QuorumError as error:
-        message = f"round {start.number}: {error}{_causes(tally.failures)}"
-        raise QuorumError(message, failures=tally.failures) from error
-    state = rules.strategy.after(state, start.kept, tally.kept, population)
-    if rules.strategy.keeps_master():
-        new, master = advance(layout, x, new, start.state)
-        state = {**state, **master}
-    return fold.write(new), state
 
 
-def _require_quorum(start: Start, tally: _Tally, min_clients: int) -> None:
+def _require_quorum(start: Start, tally: Tally, min_clients: int) -> None:
     accepted = len(tally.kept)
     if accepted >= min_clients:
         return
     message = (
         f"round {start.number}: {accepted} of {len(start.cohort)} clients finished, "
-        f"{min_clients} are needed; the model is unchanged{_causes(tally.failures)}"
+        f"{min_clients} are needed; the model is unchanged{causes(tally.failures)}"
     )
     raise QuorumError(message, failures=tally.failures)
 
 
-def _causes(failures: Mapping[str, BaseException]) -> str:
+def causes(failures: Mapping[str, BaseException]) -> str:
+    """Returns the first failures as lines of an error."""
     shown = [f"\n  {client}: {describe(error)}" for client, error in list(failures.items())[:10]]
     more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
     return "".join(shown) + more
-
-
-def _loss(tally: _Tally) -> float | None:
-    """Mean loss over all rows processed; a custom function's own numbers otherwise."""
-    if tally.rows:
-        return exact_sum(tally.loss_sums) / tally.rows
-    return _metrics(tally).get("loss")
-
-
-def _metrics(tally: _Tally) -> dict[str, float]:
-    """Weighted means; a number that only some clients returned is averaged over those."""
-    return {
-        name: exact_sum([weight * value for weight, value in zip(*column, strict=True)])
-        / exact_sum(column[0])
-        for name, column in tally.metrics.items()
-    }

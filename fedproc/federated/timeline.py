@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from fedproc.client.secure_trainer import MaskedUpdate
+
 _PARENT: Final = "parent"
 
 
@@ -41,10 +43,14 @@ class Timeline:
         self._began = time.perf_counter()
         self._rows: dict[str, list[_Span]] = {name: [] for name in (_PARENT, *workers)}
 
-    def trained(self, client: str, worker: str, result: Update | BaseException) -> None:
+    def trained(
+        self, client: str, worker: str, result: Update | MaskedUpdate | BaseException
+    ) -> None:
         """Notes when a client trained; of a failed one it is not known."""
-        if isinstance(result, Update):
-            facts = {"rows": result.examples, "steps": result.steps}
+        if not isinstance(result, BaseException):
+            facts: dict[str, Any] = {}
+            if isinstance(result, Update):  # a masked update tells nothing but times
+                facts = {"rows": result.examples, "steps": result.steps}
             span = _Span(client, "train", result.began, result.ended, facts)
             self._rows.setdefault(worker, []).append(span)
 

@@ -5,7 +5,7 @@ Runs in the parent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -40,10 +40,23 @@ def require_parts(model: object, data: object, local: object, strategy: object) 
     raise ValueError(message)
 
 
-def require_choices(weighting: object, callbacks: Sequence[object]) -> None:
-    """Raises ValueError for an unknown weighting or a callback that cannot be called."""
+def weight_of(weighting: object) -> Callable[[int], float]:
+    """Returns what weighs a client by its rows.
+
+    Raises:
+        ValueError: There is no such weighting.
+    """
     if weighting not in ("examples", "uniform"):
         raise ValueError(f"weighting must be 'examples' or 'uniform', got {weighting!r}")
+    return float if weighting == "examples" else _one
+
+
+def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
+    return 1.0
+
+
+def require_callable(callbacks: Sequence[object]) -> None:
+    """Raises ValueError for a callback that cannot be called."""
     for callback in callbacks:
         if not callable(callback):
             raise ValueError(

@@ -36,6 +36,7 @@ def run(*arguments: str) -> str:
         ("pointers", 9),
         ("soak", 18),
         ("detection", 6),
+        ("privacy", 9),
     ],
 )
 def test_prints_a_table_of_numbers(name, rows):

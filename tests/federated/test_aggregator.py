@@ -425,7 +425,7 @@ def test_bad_arguments_are_value_errors_at_construction(cluster, arguments, mess
         Aggregator(given.pop("model"), given.pop("data"), given.pop("local"), **given)
 
 
-@pytest.mark.parametrize("name", ["vectorize", "privacy", "secure"])
+@pytest.mark.parametrize("name", ["vectorize"])
 def test_what_is_not_built_is_not_accepted(data, name):
     with pytest.raises(TypeError, match=name):
         Aggregator(linear(), data, LOCAL, **{name: None})

@@ -178,7 +178,7 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(inline, tmp_path):
 @pytest.mark.parametrize("bad", [object(), {1, 2}, (1, 2), lambda: 0, {None: 1}, np.array([None])])
 def test_a_state_that_cannot_be_saved_is_a_type_error_at_save(inline, tmp_path, bad):
     aggregator = make(inline, local=lambda m, x, y, ctx: None)
-    aggregator._kept["b"] = {"bad": [bad]}
+    aggregator._course.kept["b"] = {"bad": [bad]}
     path = tmp_path / "run"
     path.write_bytes(b"older")
     with pytest.raises(TypeError, match="client b"):

@@ -97,7 +97,7 @@ def test_scaffold_has_one_too(cluster):
         strategy = strategies.Scaffold(lr=lr)
         aggregator = Aggregator(linear().bfloat16(), data, local, strategy=strategy)
         aggregator.run(2)
-        models.append(aggregator._state)
+        models.append(aggregator._course.state)
     assert models[0]["fp32 master"].dtype is torch.float32
     assert models[0]["c"].shape == models[1]["c"].shape == models[0]["fp32 master"].shape
     assert set(models[1]) == {"c"}
@@ -114,7 +114,10 @@ def test_a_resumed_run_has_the_same_master(cluster, tmp_path):
         again = make(cluster, linear().bfloat16(), strategy, load=path)
         again.run(7 - after)
         assert bits(again.model) == bits(straight.model)
-        assert again._state["fp32 master"].tolist() == straight._state["fp32 master"].tolist()
+        assert (
+            again._course.state["fp32 master"].tolist()
+            == straight._course.state["fp32 master"].tolist()
+        )
 
 
 def test_what_the_user_writes_into_the_model_is_where_the_next_round_starts(cluster):
@@ -131,7 +134,7 @@ def test_a_mean_is_cast_as_it_is_and_has_no_master(cluster, strategy):
     aggregator = make(cluster, ones(torch.bfloat16), strategy)
     aggregator.run(3)
     assert set(aggregator.model.weight.flatten().tolist()) == {1.0 + 3 * 2**-7}
-    assert dict(aggregator._state) == {}
+    assert dict(aggregator._course.state) == {}
 
 
 def test_float32_parameters_beside_half_precision_ones_are_as_without(cluster):
@@ -149,6 +152,6 @@ def test_float32_parameters_beside_half_precision_ones_are_as_without(cluster):
     alone = make(cluster, mixed()["wide"], strategy, train)
     both.run(3), alone.run(3)
     assert bits(both.model["wide"]) == bits(alone.model)
-    assert set(alone._state) == {"v"}
-    assert len(both._state["fp32 master"]) == 21
+    assert set(alone._course.state) == {"v"}
+    assert len(both._course.state["fp32 master"]) == 21
     assert all(p.dtype is torch.bfloat16 for p in both.model["narrow"].parameters())

@@ -319,10 +319,10 @@ def test_scaffold_against_numpy(inline):
 
 def test_scaffolds_control_is_the_mean_of_the_clients_controls(inline):
     aggregator = run(inline, strategies.Scaffold(), rounds=5, clients_per_round=2, epochs=2)
-    controls = [kept["c_i"].double() for kept in aggregator._kept.values()]
+    controls = [kept["c_i"].double() for kept in aggregator._course.kept.values()]
     assert len(controls) >= 3
     mean = torch.stack(controls).sum(0) / len(SIZES)
-    torch.testing.assert_close(aggregator._state["c"], mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(aggregator._course.state["c"], mean, rtol=0, atol=1e-14)
 
 
 def test_scaffold_averages_uniformly(inline):

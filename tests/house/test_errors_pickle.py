@@ -22,6 +22,7 @@ BUILTIN = {
     "ArenaFullError": MemoryError,
     "RemoteError": Exception,
     "QuorumError": Exception,
+    "PrivacyBudgetError": Exception,
     "CheckpointError": ValueError,
 }
 ATTRIBUTES = {

@@ -1,0 +1,147 @@
+"""The course of the rounds: what lasts from one to the next, and how a round is committed.
+
+Runs in the parent. A round is computed elsewhere and committed here as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fedproc.errors import QuorumError
+from fedproc.events import RoundFinished, RoundStarted, Sink
+from fedproc.federated import evaluation
+from fedproc.federated.checkpoint import Identity, Saved
+from fedproc.federated.history import History, RoundRecord
+from fedproc.federated.round import Outcome, Rules, Start
+from fedproc.federated.sampling import draw_cohort
+from fedproc.federated.traffic import Traffic
+
+if TYPE_CHECKING:
+    from fedproc.federated.crew import Crew
+    from fedproc.federated.evaluation import EvaluationRows
+    from fedproc.federated.global_model import GlobalModel
+    from fedproc.federated.mechanism import Ledger
+    from fedproc.federated.secure_aggregation import Play
+    from fedproc.federated.strategies import State
+    from fedproc.federated.timeline import Timeline
+
+
+class Course:
+    """Plays rounds one after the other.
+
+    Attributes:
+        round: Number of the last round.
+        state: State of the strategy.
+        kept: Client -> what it keeps.
+        ledger: What differential privacy has cost; None without it.
+        history: Records of all rounds.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        model: GlobalModel,
+        rules: Rules,
+        cohort_size: int,
+        ledger: Ledger | None,
+        play: Play,
+    ) -> None:
+        """Stands before the first round."""
+        self._crew, self._global = crew, model
+        self._rules, self._cohort_size = rules, cohort_size
+        self.round = 0
+        self.state: State = rules.strategy.initial(model.layout.flat_trained(model.block()))
+        self.kept: dict[str, dict[str, Any]] = {}
+        self.ledger, self._play = ledger, play
+        self.history = History()
+        self._made: tuple[Outcome, RoundRecord] | None = None  # not taken over yet
+
+    def play(
+        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
+    ) -> RoundRecord:
+        """Plays one round and commits it.
+
+        Args:
+            rows: What to evaluate the new model on; None does not.
+            sink: Told what happens.
+            last: Number of the last round of this run, for the sink.
+            timeline: Notes who did what when.
+
+        Raises:
+            QuorumError: Too few clients finished; the model is unchanged.
+            PrivacyBudgetError: The round would cost too much; it was not begun.
+        """
+        started, traffic = time.perf_counter(), Traffic(self._crew.data.cluster)
+        self.refresh()
+        number = self.round + 1
+        cohort = self._draw(number)
+        sink(RoundStarted(number, last, len(cohort)))
+        block = self._global.block()
+        start = Start(number, cohort, block, self.state, self.kept, self.ledger)
+        try:
+            outcome = self._play(
+                self._crew, self._global.layout, self._rules, start, sink, timeline
+            )
+        except Exception as error:
+            self.round = number  # not after Ctrl-C: an interrupted round is played again
+            if isinstance(error, QuorumError):
+                self._crew.dismiss()  # a trainer that could not be made must not stay
+            raise
+        seconds, messages = time.perf_counter() - started, traffic.since()
+        record = outcome.record(start, seconds=seconds, message_bytes=messages)
+        self._made = (outcome, record)
+        try:
+            self._commit()
+        except BaseException:  # Ctrl-C with half of it done: the round is whole, so it counts
+            self._commit()
+            raise
+        if rows is not None:
+            found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
+            record = replace(record, evaluation=found)
+            self.history.replace_last(record)
+        accuracy = record.evaluation.accuracy if record.evaluation else None
+        sink(RoundFinished(record.round, record.loss, accuracy))
+        return record
+
+    def refresh(self) -> None:
+        """Notices what the user did to the model since the last round."""
+        self._commit()  # Ctrl-C twice may have left it undone
+        if self._global.frozen_changed():
+            self._crew.dismiss()
+
+    def identity(self) -> Identity:
+        """Returns what must be the same when a run continues."""
+        mechanism = None if self.ledger is None else self.ledger.mechanism
+        clients, rules = self._crew.data.clients, self._rules
+        return Identity(clients, rules.seed, rules.strategy, mechanism)
+
+    def saved(self) -> Saved:
+        """Returns what changes from round to round, besides the model."""
+        return Saved(self.round, self.state, self.kept, self.history, self.ledger)
+
+    def resume(self, saved: Saved) -> None:
+        """Goes on from what was saved."""
+        self.round, self.state, self.kept = saved.round, saved.state, dict(saved.kept)
+        self.history, self.ledger = saved.history, saved.ledger
+
+    def _draw(self, number: int) -> tuple[str, ...]:
+        clients = self._crew.data.clients
+        if self.ledger is not None:
+            return self.ledger.draw(clients)
+        return draw_cohort(clients, self._cohort_size, self._rules.seed, number)
+
+    def _commit(self) -> None:
+        """Takes over what a round made. Interrupted anywhere, it can be done again."""
+        if self._made is None:
+            return
+        outcome, record = self._made
+        self.ledger = outcome.ledger  # first: what is released must be accounted for
+        self._global.load(outcome.block)
+        self.state = outcome.state
+        self.kept.update({client: kept for client, kept in outcome.kept.items() if kept})
+        self.round = record.round
+        if not self.history or self.history[-1].round < record.round:
+            self.history.append(record)
+        self._made = None

@@ -1,0 +1,72 @@
+"""The fold of a private round: clipped changes become one noisy model. Runs in the parent.
+
+Takes the place of :class:`fedproc.federated.fold.Fold`. The denominator is the expected size of the
+cohort, whoever took part, and buffers stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedproc.client.layout import Layout
+    from fedproc.federated.noise import SecretStream
+
+
+class PrivateFold:
+    """Adds clipped changes up, in cohort order."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        start: Tensor,
+        denominator: float,
+        noise: float,
+        stream: SecretStream,
+    ) -> None:
+        """Starts a round.
+
+        Args:
+            layout: The form of the blocks.
+            start: The global model: uint8, shape (nbytes,); may not change meanwhile.
+            denominator: What the sum is divided by: q N.
+            noise: Standard deviation of the noise on every coordinate of the sum.
+            stream: Where the noise comes from.
+        """
+        self._layout, self._start = layout, start
+        self._denominator, self._noise, self._stream = denominator, noise, stream
+        self._sum = torch.zeros(layout.trained_numel, dtype=torch.float64)
+
+    def add(self, block: Tensor, weight: float, mean_weight: float) -> None:  # noqa: ARG002 - as Fold.add; all clients weigh 1
+        """Adds the clipped change of one client; ``block`` may be reused afterwards."""
+        place = 0
+        for section in self._layout.of_kind("trained"):
+            self._sum[place : place + section.numel].add_(section.view(block))
+            place += section.numel
+
+    def add_sum(self, changes: Tensor) -> None:
+        """Adds the sum of clipped changes: float64, shape (parameters,)."""
+        self._sum.add_(changes)
+
+    def trained(self) -> tuple[Tensor, None]:
+        """Returns x + (sum + noise) / denominator: float64, shape (parameters,). Call it once."""
+        if self._noise:
+            self._sum.add_(self._stream.normal(len(self._sum)), alpha=self._noise)
+        change = self._sum.div_(self._denominator)
+        return change.add_(self._layout.flat_trained(self._start)), None
+
+    def write(self, trained: Tensor) -> Tensor:
+        """Makes the block of the new model; buffers are those the round started with.
+
+        Args:
+            trained: The new trained parameters: float64, shape (parameters,).
+        """
+        block, place = self._start.clone(), 0
+        for section in self._layout.of_kind("trained"):
+            section.view(block).copy_(trained[place : place + section.numel])
+            place += section.numel
+        return block
