@@ -173,6 +173,13 @@ def test_adaptive_clipping_follows_the_norms(data):
     assert history[4].clip_norm < math.sqrt(21)
 
 
+def test_the_bits_of_clients_that_share_a_command_arrive(data):
+    settings = {"clip_norm": 100.0, "noise_multiplier": 0.0, "adaptive": True}
+    norms = [record.clip_norm for record in aggregator(data, privacy=settings).run(5)]
+    # all are within: b = 1; from the second round on several clients go in one command
+    assert norms == pytest.approx([100 * math.exp(-0.1 * number) for number in range(5)])
+
+
 # ---------------------------------------------------------------- epsilon and the budget
 
 
