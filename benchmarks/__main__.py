@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Row, machine, table
 
-NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan", "clients")
+NAMES = ("start", "overlap", "ops", "tensors", "exact", "mcmahan", "clients", "rounds")
 LONG = ("soak", "pointers")  # minutes each: only when named
 RESULTS = Path(__file__).parent / "results"
 

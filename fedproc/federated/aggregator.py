@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.evaluation import Metric
     from fedproc.federated.history import Evaluation
+    from fedproc.federated.stacking import Vectorize
 
 Callback = Callable[["Aggregator", RoundRecord], Any]
 Weighting = Literal["examples", "uniform"]
@@ -64,6 +65,8 @@ class Aggregator:
         retries: How often a client trains again whose worker was lost while it trained.
         callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
             ends :meth:`run`.
+        vectorize: True trains many clients at once, which changes the last bits; "auto" does so
+            if the first round finds it faster (see ``record.vectorized``).
 
     Attributes:
         data, local, strategy: As given.
@@ -87,6 +90,7 @@ class Aggregator:
         deadline: float | None = None,
         retries: int = 1,
         callbacks: Sequence[Callback] = (),
+        vectorize: Vectorize = False,
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
@@ -98,14 +102,14 @@ class Aggregator:
         self._global = GlobalModel(model)
         self._rules = Rules(
             strategy=strategy,
-            weigh=float if weighting == "examples" else _one,
+            weigh=float if weighting == "examples" else lambda _: 1.0,
             seed=require_seed(seed),
             min_clients=min_clients,
             retries=require_at_least("retries", retries, 0),
             deadline=require_deadline(deadline, data.cluster),
         )
         self._callbacks = tuple(callbacks)
-        self._crew = Crew(data, self._global.module, local, strategy.local_rule())
+        self._crew = Crew(data, self._global.module, local, strategy.local_rule(), vectorize)
         self._round = 0
         self._state: State = strategy.initial(
             self._global.layout.flat_trained(self._global.block())
@@ -293,7 +297,3 @@ class Aggregator:
 
     def _identity(self) -> checkpoint.Identity:
         return checkpoint.Identity(self.data.clients, self._rules.seed, self.strategy)
-
-
-def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
-    return 1.0

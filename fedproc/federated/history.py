@@ -56,6 +56,7 @@ class RoundRecord:
         accepted: Clients whose updates count.
         skipped: Drawn clients without rows.
         examples: Rows of the accepted clients.
+        vectorized: Whether clients trained at once, see ``vectorize`` of the aggregator.
     """
 
     round: int
@@ -70,6 +71,7 @@ class RoundRecord:
     accepted: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     examples: int = 0
+    vectorized: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as data for JSON; failures become their text."""
