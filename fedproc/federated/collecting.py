@@ -168,6 +168,7 @@ class Collector:
             raise
         except FedprocError as error:
             if isinstance(error, NotVectorizableError):
+                self._see_all()
                 raise
             if isinstance(error, CommandTimeoutError) and not isinstance(error, RemoteError):
                 raise
@@ -179,6 +180,14 @@ class Collector:
             else:
                 self._settle(batch.clients[0], result)
         lane.taken()
+
+    def _see_all(self) -> None:
+        """Takes what is on its way: others refuse for the same reason, and it is told once."""
+        for batch in [batch for lane in self._lanes.values() for batch in lane.batches]:
+            if not batch.spent:
+                batch.spent = True
+                with contextlib.suppress(FedprocError):
+                    take(batch.promise, self._deadline.left())
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
