@@ -99,8 +99,7 @@ def try_rows(
         parameters: Its trained parameters, in the order of the columns of a stack.
         losses: The loss as given, and row by row.
         rows: A few inputs and targets.
-        twice: Inputs, targets and weights of rows -> gradients of two equal clients,
-            (2, parameters).
+        twice: Inputs, targets, weights -> gradients of two equal clients: (2, parameters).
 
     Returns:
         Whether the loss is the mean or the sum over the rows.
@@ -119,19 +118,27 @@ def try_rows(
     except NotVectorizableError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise NotVectorizableError(
-            "torch.func.vmap cannot run this model or loss for many clients at once; avoid what "
-            f"it names, or use vectorize=False. It says: {cause}"
-        ) from error
+        raise NotVectorizableError(_torch_says(error)) from error
     for gradient in found:
-        if not _close(gradient, plain):
-            raise NotVectorizableError(
-                "the gradient of a stack differs from the plain one by "
-                f"{float((gradient - plain).abs().max()):.2g}: the model or the loss does not do "
-                "the same thing twice, or not row by row; use vectorize=False"
-            )
+        _require_close(gradient, plain)
     return reduction
+
+
+def _require_close(gradient: Tensor, plain: Tensor) -> None:
+    if not _close(gradient, plain):
+        raise NotVectorizableError(
+            "the gradient of a stack differs from the plain one by "
+            f"{float((gradient - plain).abs().max()):.2g}: the model or the loss does not do "
+            "the same thing twice, or not row by row; use vectorize=False"
+        )
+
+
+def _torch_says(error: Exception) -> str:
+    cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return (
+        "torch.func.vmap cannot run this model or loss for many clients at once; avoid what it "
+        f"names, or use vectorize=False. It says: {cause}"
+    )
 
 
 def _plain(

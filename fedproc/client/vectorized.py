@@ -169,9 +169,7 @@ class Stacks:
                 correction.apply(gradients, training)
             optimizer.step(gradients)
             losses[number, : step.clients] = found
-        kept: list[dict[str, Any]] = [{} for _ in tasks]
-        if correction is not None:
-            kept = correction.keep(values, orders.steps, chosen)
+        kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in tasks]
         places = torch.tensor(orders.sorted, device=values.device)
         updates = self._updates(orders, shards, losses, kept, chosen)
         return Trained(updates, values[places.argsort()], _failures(orders, losses))
