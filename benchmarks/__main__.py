@@ -18,7 +18,8 @@ import psutil
 from benchmarks.measure import ROOT, Row, machine, table
 
 NAMES = (
-    "start", "overlap", "ops", "tensors", "detection", "exact", "mcmahan", "clients", "privacy",
+    "start", "overlap", "ops", "tensors", "detection", "rounds", "exact", "mcmahan", "clients",
+    "privacy",
 )  # fmt: skip
 LONG = ("soak", "pointers")  # minutes each: only when named
 RESULTS = Path(__file__).parent / "results"

@@ -126,12 +126,13 @@ class SecureTrainer(Trainer):
 
     train_some = train
 
-    def _may_leave(self, update: Update) -> Update:
+    def _train(self, *args: Any) -> Update:
+        update = super()._train(*args)
         if update.state:
             raise NotPermittedError(
                 "ctx.state would leave its worker, which secure aggregation forbids; keep nothing"
             )
-        return super()._may_leave(update)
+        return update
 
 
 def _withheld(error: BaseException, task: Task) -> Exception:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedproc.client.clipping import clip_update
-from fedproc.client.devices import at_home, placed_loss
+from fedproc.client.custom import run_function
+from fedproc.client.devices import placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
+from fedproc.client.leaving import may_leave
 from fedproc.client.resident import Resident
 from fedproc.client.rules import step_norm
 from fedproc.client.seeding import (
@@ -25,17 +26,16 @@ from fedproc.client.seeding import (
     seed_streams,
     torch_threads,
 )
+from fedproc.client.stack_trainer import StackTrainer
 from fedproc.client.trail import IDLE, Footprint
 from fedproc.client.training import (
     LocalTraining,
     TrainContext,
-    TrainFunction,
-    checked_metrics,
+    non_finite_update,
     run_local_epochs,
 )
 from fedproc.client.update import NO_BLOCK, Task, Update, Updates, unpack_tasks
 from fedproc.client.work import Span, Work
-from fedproc.errors import NotPermittedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from fedproc.client.layout import Slot
     from fedproc.client.training import Loss
+
+    _Known = tuple[dict[str, Any], Mapping[str, Tensor]]
 
 
 class Trainer:
@@ -74,6 +76,7 @@ class Trainer:
         placed_loss(self._loss(), self._device)
         self._resident = Resident(model.to(self._device), custom=custom)
         self._footprint = Footprint(trail)
+        self._stacks: StackTrainer | None = None
         self._failed: dict[str, BaseException] = {}
         self._round = 0
         self._order = torch.Generator()  # of rows; seeded anew for every client
@@ -122,36 +125,75 @@ class Trainer:
             states: Client -> what it kept.
             shared: What the strategy sent.
         """
-        tasks = unpack_tasks(packed)
-        if self._round != tasks[0].round:
-            self._round = tasks[0].round
-            self._failed.clear()
+        tasks = self._entered(packed)
         layout = self._resident.layout
         pieces, blocks = layout.pieces(block), layout.new_blocks(len(tasks))
         updates: list[Update | None] = []
         with preserved_streams(self._device):
             for task, slot in zip(tasks, layout.slots(blocks), strict=True):
-                self._footprint.step(task.place)
                 known = (states or {}).get(task.client, {}), shared or {}
-                try:
-                    updates.append(self._train(pieces, task, known, slot))
-                except BaseException as error:  # noqa: BLE001 - told by failure()
-                    self._failed[task.client] = error
-                    updates.append(None)
+                updates.append(self._attempt(pieces, task, known, slot))
+        self._footprint.step(IDLE)
+        return Updates.of(blocks, updates)
+
+    def train_stack(
+        self,
+        block: Tensor,
+        packed: bytes,
+        states: Mapping[str, dict[str, Any]] | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> Updates:
+        """Trains several clients at once; arguments and failures as of :meth:`train_some`.
+
+        The clients draw nothing but the order of their rows. One for which torch raises is trained
+        again by itself, so that it fails as it would fail there.
+
+        Raises:
+            NotVectorizableError: They cannot be trained at once.
+        """
+        tasks = self._entered(packed)
+        self._footprint.step(tasks[0].place)
+        known, pieces = (states or {}, shared or {}), self._resident.layout.pieces(block)
+        if self._stacks is None:
+            self._stacks = StackTrainer(self._resident, self._work, self._blocks, self._spans)
+        with preserved_streams(self._device):
+            with self._loaded(pieces, derive_seed("stack")) as model:
+                model.train()
+                blocks, updates, failures = self._stacks.train(block, tasks, known)
+            self._failed.update(failures)
+            slots = self._resident.layout.slots(blocks)
+            for place, (task, update) in enumerate(zip(tasks, updates, strict=True)):
+                if update is not None:
+                    updates[place] = may_leave(update, self._work)
+                elif task.client not in failures:
+                    alone = known[0].get(task.client, {}), known[1]
+                    updates[place] = self._attempt(pieces, task, alone, slots[place])
         self._footprint.step(IDLE)
         return Updates.of(blocks, updates)
 
     def failure(self, client: str) -> None:
-        """Raises what made a client of :meth:`train_some` fail."""
+        """Raises what made a client of :meth:`train_some` or :meth:`train_stack` fail."""
         raise self._failed.pop(client)
 
-    def _train(
-        self,
-        pieces: Sequence[Tensor],
-        task: Task,
-        known: tuple[dict[str, Any], Mapping[str, Tensor]],
-        slot: Slot,
-    ) -> Update:
+    def _entered(self, packed: bytes) -> list[Task]:
+        """Unpacks the tasks of a command; with a new round, failures of earlier ones are gone."""
+        tasks = unpack_tasks(packed)
+        if self._round != tasks[0].round:
+            self._round, self._failed = tasks[0].round, {}
+        return tasks
+
+    def _attempt(
+        self, pieces: Sequence[Tensor], task: Task, known: _Known, slot: Slot
+    ) -> Update | None:
+        """Trains one client of several; what makes it fail is told by :meth:`failure`."""
+        self._footprint.step(task.place)
+        try:
+            return self._train(pieces, task, known, slot)
+        except BaseException as error:  # noqa: BLE001
+            self._failed[task.client] = error
+            return None
+
+    def _train(self, pieces: Sequence[Tensor], task: Task, known: _Known, slot: Slot) -> Update:
         """Trains one client from the model in ``pieces`` and leaves its own in ``slot``."""
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
@@ -160,30 +202,18 @@ class Trainer:
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)
             else:
-                update = self._run_function(model, self._work.local, task, known[0])
+                generator = generator_for(task.seed, task.round, task.client, "generator")
+                context = TrainContext(task.client, task.round, generator, known[0])
+                rows = self._rows(task.client)
+                update = run_function(self._resident, self._work.local, rows, context)
             self._resident.write(slot)
         where = self._resident.layout.non_finite(slot)
         if where is not None:
-            raise FloatingPointError(
-                f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
-            )
+            raise non_finite_update(task, where)
         if task.clip_norm is not None:
             update.within = clip_update(self._resident.layout, pieces, slot, task.clip_norm)
         update.began, update.ended = began, time.perf_counter()
-        return self._may_leave(update)
-
-    def _may_leave(self, update: Update) -> Update:
-        """Takes out what may not leave a worker with private data."""
-        least = self._work.private_rows
-        if least is None:
-            return update
-        if update.state and not isinstance(self._work.local, LocalTraining):
-            raise NotPermittedError(
-                "ctx.state of a client with private data would leave its worker; keep nothing"
-            )
-        if update.examples >= least:
-            return update
-        return replace(update, rows=0, loss_sum=0.0, metrics={})
+        return may_leave(update, self._work)
 
     def evaluate(
         self,
@@ -252,33 +282,6 @@ class Trainer:
             loss_sum=progress.loss_sum,
             metrics={"loss": progress.loss_sum / progress.rows, "steps": float(progress.steps)},
             state={} if correction is None else correction.keep(progress),
-        )
-
-    def _run_function(
-        self, model: nn.Module, train: TrainFunction, task: Task, state: dict[str, Any]
-    ) -> Update:
-        x, y = self._rows(task.client)
-        generator = generator_for(task.seed, task.round, task.client, "generator")
-        context = TrainContext(task.client, task.round, generator, state)
-        # The function may write into its rows; the block keeps them as they are.
-        try:
-            metrics = checked_metrics(train(model, x.clone(), y.clone(), context))
-            self._resident.unfreeze()
-            self._resident.require_whole()
-        except BaseException:
-            # nobody knows what the function left; the next client gets a model made anew
-            self._resident.renew()
-            raise
-        steps = metrics.get("steps")
-        return Update(
-            block=NO_BLOCK,
-            examples=len(x),
-            steps=steps,
-            step_norm=steps,
-            rows=0,
-            loss_sum=0.0,
-            metrics=metrics,
-            state=context.state if self._device.type == "cpu" else at_home(context.state),
         )
 
     @contextmanager

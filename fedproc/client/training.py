@@ -20,6 +20,8 @@ from fedproc.client.ranges import require_at_least, require_positive
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fedproc.client.update import Task
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -156,10 +158,22 @@ def _loss_value(loss: Tensor, step: int) -> float:
         )
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the loss is {value} at step {step + 1}: lower the learning rate, or clip"
-        )
+        raise non_finite_loss(value, step)
     return value
+
+
+def non_finite_loss(value: float, step: int) -> FloatingPointError:
+    """Makes the error of a client whose loss is NaN or infinite after ``step`` steps."""
+    return FloatingPointError(
+        f"the loss is {value} at step {step + 1}: lower the learning rate, or clip"
+    )
+
+
+def non_finite_update(task: Task, where: str) -> FloatingPointError:
+    """Makes the error of a client whose trained model has a NaN or infinite value."""
+    return FloatingPointError(
+        f"round {task.round}: the update of client {task.client!r} is rejected: {where}"
+    )
 
 
 def _batches(

@@ -26,6 +26,7 @@ from fedproc.federated.secure_aggregation import how_to_play
 from fedproc.federated.strategies import FedAvg, Strategy
 from fedproc.federated.timeline import Timeline
 from fedproc.federated.validation import (
+    require_alone,
     require_callable,
     require_deadline,
     require_parts,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fedproc.federated.history import Evaluation
     from fedproc.federated.privacy import DifferentialPrivacy
     from fedproc.federated.secure_aggregation import SecureAggregation
+    from fedproc.federated.stacking import Vectorize
 
 Callback = Callable[["Aggregator", RoundRecord], Any]
 Weighting = Literal["examples", "uniform"]
@@ -70,6 +72,9 @@ class Aggregator:
         callbacks: Called as ``callback(aggregator, record)`` after every round; returning True
             ends :meth:`run`.
         secure: The parent sees masked updates only and learns their sum.
+        vectorize: True trains many clients at once, which changes the last bits; "auto" does so
+            if the first round finds it faster (see ``record.vectorized``). Not with ``privacy``
+            or ``secure``.
 
     Attributes:
         data, local, strategy: As given.
@@ -94,6 +99,7 @@ class Aggregator:
         callbacks: Sequence[Callback] = (),
         privacy: DifferentialPrivacy | None = None,
         secure: SecureAggregation | None = None,
+        vectorize: Vectorize = False,
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
@@ -114,8 +120,10 @@ class Aggregator:
             deadline=require_deadline(deadline, data.cluster),
             secure=secure,
         )
+        require_alone(vectorize, privacy, secure)
         trainer, play = how_to_play(rules, self._global.layout, size)
-        self._crew = Crew(data, self._global.module, local, strategy.local_rule(), trainer)
+        rule = strategy.local_rule()
+        self._crew = Crew(data, self._global.module, local, rule, trainer, vectorize)
         self._course = Course(self._crew, self._global, rules, size, ledger, play)
         warn_of_weakness(privacy, model, len(data.clients))
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from fedproc.client.update import Updates, pack_tasks
+from fedproc.client.row_loss import NotVectorizableError
+from fedproc.client.update import Updates
 from fedproc.errors import (
     ClosedError,
     CommandTimeoutError,
@@ -20,13 +20,12 @@ from fedproc.errors import (
     RemoteError,
     WorkerLostError,
 )
+from fedproc.federated.commanding import Broadcast, Commands
 from fedproc.federated.lane import Batch, Deadline, Lane, missed
 from fedproc.federated.passing import call_there, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from torch import Tensor
 
     from fedproc.client.update import Task, Update
     from fedproc.federated.crew import Crew
@@ -38,21 +37,6 @@ _WINDOW_LEAST: Final = 4
 _WINDOW_MOST: Final = 256
 # What was finished at the deadline is taken all the same; its worker answers at once.
 _GRACE_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Broadcast:
-    """What the clients of a round start from.
-
-    Attributes:
-        block: The global model: uint8, shape (nbytes,).
-        shared: What the strategy sends to all clients besides.
-        kept: Client -> what it kept; clients without anything are missing.
-    """
-
-    block: Tensor
-    shared: Mapping[str, Tensor]
-    kept: Mapping[str, Mapping[str, Any]]
 
 
 class Collector:
@@ -76,7 +60,7 @@ class Collector:
             deadline: Seconds from now; a client that is not done then is a failure.
         """
         self._crew = crew
-        self._broadcast = broadcast
+        self._commands = Commands(crew, broadcast, tasks)
         self._tasks = tasks
         self._retries = retries
         self._deadline = Deadline(deadline)
@@ -97,6 +81,8 @@ class Collector:
             NotShippableError: The model or the local training cannot be sent.
         """
         self._enqueue(list(self._tasks))
+        if self._crew.stacking.on is None:
+            self._measure()
         try:
             for client, task in self._tasks.items():
                 while client not in self._arrived:
@@ -124,39 +110,51 @@ class Collector:
         except CommandTimeoutError:
             self._expire()
 
+    def _measure(self) -> None:
+        """Lets one worker train its first clients in both ways, for nothing but the time."""
+        name, lane = max(self._lanes.items(), key=lambda item: len(item[1].queue))
+        clients = list(lane.queue)[: self._crew.stacking.size(self._block_bytes)]
+        patience = Deadline(self._deadline.seconds and self._deadline.seconds / 2)
+
+        def train(method: str) -> Updates:
+            promise = self._commands.train(name, lane, clients, method)
+            result: Updates = take(promise, patience.left())
+            return result
+
+        if len(clients) > 1:
+            self._crew.stacking.decide(train)
+        if patience.over():  # it is busy with them, and the round needs it
+            lane.sent = None
+            self._crew.replace(name)
+            self._crew.restored()
+
     # ---- submitting
 
     def _submit(self) -> None:
         """Keeps every worker supplied; one with nothing to do always gets something."""
         for name, lane in self._lanes.items():
             while lane.queue and (not lane.batches or lane.on_the_way < self._window):
-                size = 1 if self._deadline.seconds else self._crew.batch_size(self._block_bytes)
-                clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
-                lane.submit(Batch(clients, self._call(name, lane, clients)))
+                clients = self._next(lane)
+                stacked = bool(self._crew.stacking.on) and len(clients) > 1
+                method = "train_stack" if stacked else "train_some"
+                lane.submit(
+                    Batch(clients, self._commands.train(name, lane, clients, method), stacked)
+                )
                 for _ in clients:
                     lane.queue.popleft()
 
-    def _call(self, name: str, lane: Lane, clients: list[str]) -> Any:
-        worker, trainer = self._crew.worker(name), self._crew.trainer(name)
-        block, shared = self._broadcast_to(name, lane)
-        kept = {c: dict(self._broadcast.kept[c]) for c in clients if self._broadcast.kept.get(c)}
-        # sent by itself: a call does not mix tensors from here with pointers
-        if len(clients) == 1:
-            (client,) = clients
-            state = worker.send(kept[client]) if kept else None
-            return call_there(trainer, "train", block, self._tasks[client], state, shared)
-        states = worker.send(kept) if kept else None
-        tasks = pack_tasks([self._tasks[client] for client in clients])
-        return call_there(trainer, "train_some", block, tasks, states, shared)
-
-    def _broadcast_to(self, name: str, lane: Lane) -> tuple[Any, Any]:
-        if lane.sent is None:
-            worker, shared = self._crew.worker(name), self._broadcast.shared
-            lane.sent = (
-                worker.send(self._broadcast.block),
-                worker.send(dict(shared)) if shared else None,
-            )
-        return lane.sent
+    def _next(self, lane: Lane) -> list[str]:
+        """Returns the clients of the next command of a worker."""
+        stacking = self._crew.stacking.on
+        size = self._crew.batch_size(self._block_bytes)
+        if self._deadline.seconds and not stacking:
+            size = 1  # so that as many as possible are done in time
+        clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
+        if stacking:
+            # who may have ended a worker trains alone: it takes nobody along if it does it again
+            lost = [place for place, client in enumerate(clients) if self._losses[client]]
+            return clients[: max(1, lost[0])] if lost else clients
+        return clients
 
     # ---- taking
 
@@ -169,6 +167,9 @@ class Collector:
         except (ClosedError, WorkerLostError):
             raise
         except FedprocError as error:
+            if isinstance(error, NotVectorizableError):
+                self._see_all()
+                raise
             if isinstance(error, CommandTimeoutError) and not isinstance(error, RemoteError):
                 raise
             for client in batch.clients:
@@ -179,6 +180,14 @@ class Collector:
             else:
                 self._settle(batch.clients[0], result)
         lane.taken()
+
+    def _see_all(self) -> None:
+        """Takes what is on its way: others refuse for the same reason, and it is told once."""
+        for batch in [batch for lane in self._lanes.values() for batch in lane.batches]:
+            if not batch.spent:
+                batch.spent = True
+                with contextlib.suppress(FedprocError):
+                    take(batch.promise, self._deadline.left())
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
@@ -202,10 +211,9 @@ class Collector:
     def _recover(self, name: str, error: WorkerLostError) -> None:
         """Gives the clients of a lost worker to its replacement or to the others."""
         lane = self._lanes.pop(name, Lane())
-        submitted = [client for batch in lane.batches for client in batch.clients]
+        suspects = self._suspects(name, lane)
         lost = lane.abandon()
-        if submitted:
-            suspect = self._suspect(name, submitted)
+        for suspect in suspects:
             self._losses[suspect] += 1
             if self._losses[suspect] > self._retries:
                 self._settle(suspect, error)
@@ -217,11 +225,15 @@ class Collector:
             for client in left:
                 self._settle(client, error)
 
-    def _suspect(self, name: str, submitted: list[str]) -> str:
-        """Returns who was training; the first one that is not known to have finished, in doubt."""
+    def _suspects(self, name: str, lane: Lane) -> list[str]:
+        """Returns who was training; the first not known to have finished, in doubt."""
+        submitted = [(client, batch) for batch in lane.batches for client in batch.clients]
+        if not submitted:
+            return []
         place = self._crew.last_step(name)
-        found = [client for client in submitted if self._tasks[client].place == place]
-        return found[0] if found else submitted[0]
+        found = [pair for pair in submitted if self._tasks[pair[0]].place == place]
+        client, batch = found[0] if found else submitted[0]
+        return list(batch.clients) if batch.stacked else [client]
 
     def _drain(self) -> None:
         """Takes all updates on their way from the other workers.

@@ -80,15 +80,7 @@ class Course:
         sink(RoundStarted(number, last, len(cohort)))
         block = self._global.block()
         start = Start(number, cohort, block, self.state, self.kept, self.ledger)
-        try:
-            outcome = self._play(
-                self._crew, self._global.layout, self._rules, start, sink, timeline
-            )
-        except Exception as error:
-            self.round = number  # not after Ctrl-C: an interrupted round is played again
-            if isinstance(error, QuorumError):
-                self._crew.dismiss()  # a trainer that could not be made must not stay
-            raise
+        outcome = self._computed(start, sink, timeline)
         seconds, messages = time.perf_counter() - started, traffic.since()
         record = outcome.record(start, seconds=seconds, message_bytes=messages)
         self._made = (outcome, record)
@@ -104,6 +96,16 @@ class Course:
         accuracy = record.evaluation.accuracy if record.evaluation else None
         sink(RoundFinished(record.round, record.loss, accuracy))
         return record
+
+    def _computed(self, start: Start, sink: Sink, timeline: Timeline | None) -> Outcome:
+        layout, rules = self._global.layout, self._rules
+        try:
+            return self._play(self._crew, layout, rules, start, sink, timeline)
+        except Exception as error:
+            self.round = start.number  # not after Ctrl-C: an interrupted round is played again
+            if isinstance(error, QuorumError):
+                self._crew.dismiss()  # a trainer that could not be made must not stay
+            raise
 
     def refresh(self) -> None:
         """Notices what the user did to the model since the last round."""

@@ -14,6 +14,7 @@ from fedproc.client.trainer import Trainer
 from fedproc.client.work import Work
 from fedproc.errors import WorkerLostError
 from fedproc.federated.lane import Pace
+from fedproc.federated.stacking import Stacking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedproc.cluster.cluster import Cluster
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.holding import Holding
+    from fedproc.federated.stacking import Vectorize
     from fedproc.remote.worker import Worker
 
 
@@ -44,6 +46,7 @@ class Crew:
     Attributes:
         data: The clients and where they are.
         pace: How long clients train.
+        stacking: Whether they train at once.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Crew:
         local: LocalTraining | TrainFunction,
         rule: LocalRule | None,
         trainer: type[Trainer] = Trainer,
+        vectorize: Vectorize = False,
     ) -> None:
         """Keeps what trainers are made from; starts nothing.
 
@@ -62,6 +66,10 @@ class Crew:
             local: What a client does.
             rule: The gradient correction of the strategy, or None.
             trainer: What is made in each worker.
+            vectorize: Whether clients train at once.
+
+        Raises:
+            ValueError: They cannot.
         """
         self.data = data
         self._model = model
@@ -70,6 +78,7 @@ class Crew:
         self._trainer = trainer
         self._members: dict[str, _Member] = {}
         self.pace = Pace()
+        self.stacking = Stacking.of(vectorize, model, local, rule)
 
     def home(self, client: str) -> str:
         """Returns the name of the worker that trains ``client``."""
@@ -82,7 +91,7 @@ class Crew:
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""
-        return self.pace.batch_size(nbytes)
+        return self.stacking.size(nbytes) if self.stacking.on else self.pace.batch_size(nbytes)
 
     def last_step(self, name: str) -> int:
         """Returns the place in the cohort of who trains on a worker, also after its end."""

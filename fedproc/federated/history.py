@@ -59,6 +59,7 @@ class RoundRecord:
         epsilon: What all rounds so far have cost together under differential privacy, infinite
             without noise; None without ``privacy``.
         clip_norm: The L2 norm to which the changes of this round were clipped, or None.
+        vectorized: Whether clients trained at once, see ``vectorize`` of the aggregator.
     """
 
     round: int
@@ -75,6 +76,7 @@ class RoundRecord:
     examples: int = 0
     epsilon: float | None = None
     clip_norm: float | None = None
+    vectorized: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as data for JSON; failures become their text."""

@@ -30,11 +30,13 @@ class Batch:
     Attributes:
         clients: Their names, in cohort order.
         promise: What comes back: an update, or the updates of all.
+        stacked: They train at once, so a loss hits all of them.
         spent: A wait for it ran out, so it cannot be taken any more.
     """
 
     clients: Sequence[str]
     promise: Promise
+    stacked: bool = False
     spent: bool = False
 
     def finished(self) -> bool:

@@ -14,7 +14,8 @@ from fedproc.client.seeding import torch_threads
 from fedproc.client.update import Task, Update
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
-from fedproc.federated.collecting import Broadcast, Collector
+from fedproc.federated.collecting import Collector
+from fedproc.federated.commanding import Broadcast
 from fedproc.federated.fold import Fold, Received
 from fedproc.federated.history import RoundRecord, describe
 from fedproc.federated.master import next_parameters, without_master
@@ -83,16 +84,13 @@ class Outcome:
     """What a round made.
 
     Attributes:
-        block: The new model in flat form.
-        state: New state of the strategy.
+        block, state: The new model in flat form, the new state of the strategy.
         kept: Accepted client -> what it keeps now.
-        accepted: Clients whose updates count.
-        skipped: Drawn clients without rows.
+        accepted, skipped: Clients whose updates count, and drawn ones without rows.
         failures: Client -> why its update does not count.
-        loss: Mean training loss.
-        metrics: Weighted means of the returned numbers.
+        loss, metrics: Mean training loss, weighted means of the returned numbers.
         examples: Rows of the accepted clients.
-        bytes_moved: Model down and updates up.
+        bytes_moved, vectorized: Model down and updates up; whether clients trained at once.
         ledger: What privacy has cost with this round; None without it.
     """
 
@@ -106,6 +104,7 @@ class Outcome:
     metrics: Mapping[str, float]
     examples: int
     bytes_moved: int
+    vectorized: bool = False
     ledger: Ledger | None = None
 
     def record(self, start: Start, *, seconds: float, message_bytes: int | None) -> RoundRecord:
@@ -124,6 +123,7 @@ class Outcome:
             examples=self.examples,
             epsilon=None if self.ledger is None else self.ledger.epsilon,
             clip_norm=None if start.ledger is None else start.ledger.clip_norm,
+            vectorized=self.vectorized,
         )
 
 
@@ -164,6 +164,7 @@ def play(
         metrics=tally.means(),
         examples=tally.examples,
         bytes_moved=(len(tasks) + len(tally.kept)) * payload_bytes,
+        vectorized=bool(crew.stacking.on),
         ledger=None if start.ledger is None else start.ledger.after(tally.within),
     )
 

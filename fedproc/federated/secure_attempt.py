@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedproc.client.secure_trainer import MaskedUpdate
     from fedproc.client.summed import SummedVector
     from fedproc.client.update import Task
-    from fedproc.federated.collecting import Broadcast
+    from fedproc.federated.commanding import Broadcast
     from fedproc.federated.crew import Crew
     from fedproc.federated.lane import Deadline
     from fedproc.federated.passing import Promise

@@ -19,7 +19,7 @@ from fedproc.client.seeding import torch_threads
 from fedproc.client.summed import SummedVector, Totals
 from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
-from fedproc.federated.collecting import Broadcast
+from fedproc.federated.commanding import Broadcast
 from fedproc.federated.fold import Received, cast_into
 from fedproc.federated.lane import Deadline
 from fedproc.federated.master import next_parameters, without_master

@@ -85,3 +85,17 @@ def require_deadline(deadline: object, cluster: Cluster) -> float | None:
             "nothing can end them; use transport='process'"
         )
     return seconds
+
+
+def require_alone(vectorize: object, privacy: object, secure: object) -> None:
+    """Checks that clients that must be protected one by one are not trained in stacks.
+
+    Raises:
+        ValueError: They would be.
+    """
+    protected = "privacy" if privacy is not None else "secure" if secure is not None else None
+    if vectorize and protected:
+        raise ValueError(
+            f"vectorize={vectorize!r} trains many clients as one, but {protected}= protects each "
+            "update before it leaves its client. Leave vectorize out."
+        )

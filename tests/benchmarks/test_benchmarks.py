@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[\d,]+(?:\.\d+)?"
 LINE = re.compile(rf"^(.+?) +({NUMBER}) +({NUMBER}) +({NUMBER})  (\S+) +(\d+)$", re.MULTILINE)
-UNITS = {"s", "ms", "us", "MiB", "GB/s", "x", "ids", "count"}
+UNITS = {"s", "ms", "us", "MiB", "GB/s", "x", "x1e-6", "ids", "count"}
 SHA256 = re.compile(r"\b[0-9a-f]{64}$", re.MULTILINE)
 
 
@@ -62,6 +62,16 @@ def test_prints_the_digests_of_equal_models_and_writes_rows(name, models, rows, 
     assert len(found) == rows
     assert len(LINE.findall(printed)) == rows
     assert [line["median"] for line in found if line["unit"] == "models"] == [1] * models
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_rounds_compares_with_the_plain_loop():
+    lines = run("benchmarks.rounds", "--quick", "tiny").splitlines()
+    found = [LINE.match(line) for line in lines[2:]]
+    assert all(found), lines
+    assert sum(match[1].strip() == "/ plain loop" for match in found) >= 4
+    assert {match[5] for match in found} <= UNITS
 
 
 @pytest.mark.slow

@@ -1,0 +1,123 @@
+"""The user's optimizer on the parameters of a whole stack.
+
+Runs in workers. Optimizers of torch that treat every element by itself do to the rows of a matrix
+what they do to one client; so the class that the user chose takes the steps, with its own code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fedproc.client.row_loss import NotVectorizableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_ELEMENTWISE: Final = (
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+
+
+class StackedOptimizer:
+    """Steps of all clients that still train: the first rows of the stack."""
+
+    def __init__(
+        self, chosen: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], values: Tensor
+    ) -> None:
+        """Makes an optimizer like ``chosen`` over the columns of ``values``.
+
+        Args:
+            chosen: What the user's factory made of ``parameters``; it takes no step.
+            parameters: The trained parameters of one model, in the order of the columns.
+            values: (clients, parameters); changed in place by the steps.
+
+        Raises:
+            NotVectorizableError: The optimizer looks at more than one element at a time, is none
+                of torch, or does something besides its steps.
+        """
+        _require_elementwise(chosen)
+        ends, end = {}, 0
+        for parameter in parameters:
+            ends[id(parameter)] = (end, end + parameter.numel())
+            end += parameter.numel()
+        self._values = values
+        self._clients = len(values)
+        self._members: list[tuple[nn.Parameter, slice]] = []
+        groups = [self._group(group, ends) for group in chosen.param_groups]
+        make: Any = type(chosen)
+        self._optimizer: torch.optim.Optimizer = make(groups)
+
+    def _group(self, group: dict[str, Any], ends: dict[int, tuple[int, int]]) -> dict[str, Any]:
+        """Maps a group to columns; those side by side become one parameter."""
+        found = [ends.get(id(parameter)) for parameter in group["params"]]
+        places = sorted(place for place in found if place is not None)
+        if len(places) < len(found):
+            raise NotVectorizableError(
+                "the optimizer steps tensors that are no parameters of the model: they cannot be "
+                "stacked; use vectorize=False"
+            )
+        runs: list[list[int]] = []
+        for start, stop in places:
+            if runs and runs[-1][1] == start:
+                runs[-1][1] = stop
+            else:
+                runs.append([start, stop])
+        columns = [slice(start, stop) for start, stop in runs]
+        members = [(nn.Parameter(self._values[:, part]), part) for part in columns]
+        self._members.extend(members)
+        return {**group, "params": [parameter for parameter, _ in members]}
+
+    def step(self, gradients: Tensor) -> None:
+        """Takes one step of the first ``len(gradients)`` clients; the others stay as they are."""
+        if len(gradients) < self._clients:
+            self._narrow(len(gradients))
+        for parameter, part in self._members:
+            parameter.grad = gradients[:, part]
+        self._optimizer.step()
+
+    def _narrow(self, clients: int) -> None:
+        """Lets go of clients that are done: their values and momenta are not looked at again."""
+        for parameter, part in self._members:
+            parameter.grad = None
+            parameter.data = self._values[:clients, part]
+            state = self._optimizer.state[parameter]
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim == 2:
+                    state[name] = value[:clients]
+        self._clients = clients
+
+
+def _require_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) not in _ELEMENTWISE:
+        names = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
+        raise NotVectorizableError(
+            f"{type(optimizer).__name__} cannot step stacked clients; these of torch.optim can: "
+            f"{names}; or use vectorize=False"
+        )
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(hooks):
+        raise NotVectorizableError(
+            "the optimizer has hooks, which would see all clients at once; use vectorize=False"
+        )
+    if optimizer.state and any(optimizer.state.values()) and _stepped(optimizer):
+        raise NotVectorizableError(
+            "the optimizer comes with a state from elsewhere; use vectorize=False"
+        )
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Tells whether it has taken steps; Adagrad has a state before its first."""
+    return any(float(state.get("step", 1)) for state in optimizer.state.values())

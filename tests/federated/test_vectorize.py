@@ -1,0 +1,297 @@
+"""Rounds whose clients train at once, against rounds whose clients train one by one."""
+
+import functools
+import logging
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedproc.client.row_loss import NotVectorizableError
+from fedproc.client.training import LocalTraining
+from fedproc.cluster.cluster import Cluster
+from fedproc.errors import CommandTimeoutError, QuorumError, WorkerLostError
+from fedproc.federated.aggregator import Aggregator
+from fedproc.federated.data import FederatedDataset
+from fedproc.federated.strategies import FedAvg, FedNova, FedProx, Median, Scaffold
+from tests.federated.worlds import batchnorm_net, bits, cross_entropy, linear, sgd, shards
+
+SIZES = [12, 9, 6, 15, 1, 8, 10, 33, 7]
+momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+adam = functools.partial(torch.optim.Adam, lr=0.01)
+LOCAL = LocalTraining(cross_entropy, sgd, batch_size=4, epochs=2)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+@pytest.fixture(scope="module", params=["inline-2", "process-1", "process-2"])
+def anywhere(request):
+    transport, count = request.param.split("-")
+    with Cluster(int(count), transport=transport) as cluster:
+        yield cluster
+
+
+def run(cluster, local=LOCAL, rounds=3, data=None, **options):
+    data = FederatedDataset(data or shards(SIZES), cluster)
+    aggregator = Aggregator(mlp(), data, local, seed=7, **options)
+    aggregator.run(rounds, progress=False)
+    return aggregator
+
+
+def values(aggregator):
+    return torch.cat([p.detach().reshape(-1) for p in aggregator.model.parameters()])
+
+
+def require_same(ours, theirs):
+    torch.testing.assert_close(values(ours), values(theirs), rtol=0, atol=1e-5)
+    for mine, other in zip(ours.history, theirs.history, strict=True):
+        assert (mine.clients, mine.accepted) == (other.clients, other.accepted)
+        assert (mine.examples, mine.bytes_moved) == (other.examples, other.bytes_moved)
+        assert mine.loss == pytest.approx(other.loss, rel=1e-4)
+        assert mine.metrics == pytest.approx(other.metrics, rel=1e-4)
+        assert mine.vectorized
+        assert not other.vectorized
+
+
+@pytest.mark.parametrize("optimizer", [sgd, momentum, adam])
+@pytest.mark.parametrize("options", [{"epochs": 2, "batch_size": 4}, {"batch_size": None}], ids=str)
+def test_the_model_is_the_sequential_one(anywhere, optimizer, options):
+    local = LocalTraining(cross_entropy, optimizer, **options)
+    require_same(run(anywhere, local, vectorize=True), run(anywhere, local))
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAvg(), FedProx(0.3), Scaffold(), FedNova(), Median()], ids=str
+)
+def test_strategies_see_the_same_updates(anywhere, strategy):
+    options = {"strategy": strategy, "clients_per_round": 6}
+    require_same(run(anywhere, vectorize=True, **options), run(anywhere, **options))
+
+
+def test_equal_runs_are_equal_bits(anywhere):
+    first, second = (run(anywhere, vectorize=True) for _ in range(2))
+    assert bits(first.model) == bits(second.model)
+
+
+def test_it_goes_on_from_a_checkpoint(anywhere, tmp_path):
+    first = run(anywhere, vectorize=True, strategy=Scaffold())
+    first.save(tmp_path / "state")
+    options = {"seed": 7, "strategy": Scaffold(), "vectorize": True}
+    again = Aggregator.load(tmp_path / "state", mlp(), first.data, LOCAL, **options)
+    first.run(2, progress=False), again.run(2, progress=False)
+    assert bits(first.model) == bits(again.model)
+    assert [record.vectorized for record in again.history] == [True] * 5
+
+
+def test_clients_whose_rows_were_made_in_the_workers(anywhere):
+    pieces = shards(SIZES)
+    makers = {name: functools.partial(tuple, pair) for name, pair in pieces.items()}
+    data = FederatedDataset.from_factories(makers, anywhere)
+    ours = Aggregator(mlp(), data, LOCAL, seed=7, vectorize=True)
+    ours.run(3, progress=False)
+    require_same(ours, run(anywhere))
+
+
+def test_a_callback_a_deadline_and_a_profile_see_a_round_like_any_other(tmp_path):
+    with Cluster(2) as cluster:
+        data = FederatedDataset(shards(SIZES), cluster)
+        aggregator = Aggregator(mlp(), data, LOCAL, seed=7, vectorize=True, deadline=60.0)
+        record = aggregator.profile(tmp_path / "trace.json")
+        assert record.failures == {}
+        assert record.vectorized
+        require_same(aggregator, run(cluster, rounds=1))
+    assert "train" in (tmp_path / "trace.json").read_text()
+
+
+# ---------------------------------------------------------------- auto
+
+
+def test_auto_takes_the_faster_way_and_says_so_once(anywhere, caplog):
+    caplog.set_level(logging.INFO, logger="fedproc")
+    aggregator = run(anywhere, vectorize="auto")
+    (message,) = [record.getMessage() for record in caplog.records]
+    chosen = {"at once": True, "one by one": False}
+    assert "ms a client at once" in message
+    way = message.partition("trains clients ")[2].partition(":")[0]
+    assert [record.vectorized for record in aggregator.history] == [chosen[way]] * 3
+    expected = run(anywhere, vectorize=chosen[way])
+    assert bits(aggregator.model) == bits(expected.model)
+
+
+def test_auto_leaves_alone_what_cannot_be_vectorized(anywhere, caplog):
+    caplog.set_level(logging.INFO, logger="fedproc")
+    data = FederatedDataset(shards([4, 5, 6]), anywhere)
+    aggregator = Aggregator(batchnorm_net(), data, LOCAL, vectorize="auto")
+    assert not aggregator.run_round().vectorized
+    assert "running statistics" in caplog.text
+    tried = Aggregator(Branching(), data, LOCAL, vectorize="auto")
+    assert not tried.run_round().vectorized
+    assert "vmap cannot run" in caplog.text or "depends on the other rows" in caplog.text
+
+
+# ---------------------------------------------------------------- refused
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.layer(x)
+        return out if out.sum() > 0 else -out
+
+
+@pytest.mark.parametrize("wanted", ["yes", 1, 0, None, 2.0])
+def test_other_values_are_refused(anywhere, wanted):
+    data = FederatedDataset(shards([4, 5]), anywhere)
+    with pytest.raises(ValueError, match="vectorize must be True, False or 'auto'"):
+        Aggregator(linear(), data, LOCAL, vectorize=wanted)
+
+
+def test_a_model_is_refused_when_it_is_given(anywhere):
+    data = FederatedDataset(shards([4, 5]), anywhere)
+    with pytest.raises(NotVectorizableError, match=r"1 \(BatchNorm1d\) .* use GroupNorm"):
+        Aggregator(batchnorm_net(), data, LOCAL, vectorize=True)
+
+
+def test_a_model_is_refused_in_its_first_round(anywhere):
+    data = FederatedDataset(shards([4, 5, 6, 7]), anywhere)
+    aggregator = Aggregator(Branching(), data, LOCAL, vectorize=True)
+    with pytest.raises(ValueError, match=r"vmap cannot run|depends on the other rows"):
+        aggregator.run_round()
+    assert len(aggregator.history) == 0
+    anywhere.wait()  # no worker has an error that nobody has seen
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_nan_rows_of_one_client_touch_no_other(anywhere):
+    pieces = shards(SIZES)
+    broken = {name: (x.clone(), y) for name, (x, y) in pieces.items()}
+    broken["d"][0][3] = math.nan
+    ours = run(anywhere, data=broken, vectorize=True, rounds=1)
+    (record,) = ours.history
+    assert list(record.failures) == ["d"]
+    assert isinstance(record.failures["d"], FloatingPointError)
+    assert "the loss is nan at step" in str(record.failures["d"])
+    require_same(ours, run(anywhere, data=broken, rounds=1))
+
+
+def test_rows_that_raise_fail_for_their_client_only(anywhere):
+    pieces = shards(SIZES)
+    broken = {name: (x, y.clone()) for name, (x, y) in pieces.items()}
+    broken["h"][1][30] = 3
+    ours = run(anywhere, data=broken, vectorize=True, rounds=1)
+    (record,) = ours.history
+    assert list(record.failures) == ["h"]
+    assert isinstance(record.failures["h"], IndexError)
+    require_same(ours, run(anywhere, data=broken, rounds=1))
+
+
+def test_all_failed_is_a_quorum_error(anywhere):
+    data = {name: (x * math.nan, y) for name, (x, y) in shards(SIZES).items()}
+    with pytest.raises(QuorumError) as caught:
+        run(anywhere, data=data, vectorize=True)
+    assert len(caught.value.failures) == len(SIZES)
+
+
+class Killing(nn.Module):
+    """Kills its process when it sees a row with 777 in it; ``flag``: only the first time."""
+
+    def __init__(self, flag=None):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.flag = flag
+
+    def forward(self, x):
+        raw = x
+        while torch._C._functorch.is_batchedtensor(raw):
+            raw = torch._C._functorch.get_unwrapped(raw)
+        if bool((raw == 777).any()) and not (self.flag and Path(self.flag).exists()):
+            if self.flag:
+                Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.layer(x / 1000)
+
+
+def poisoned():
+    pieces = {name: (x.clone(), y) for name, (x, y) in shards(SIZES).items()}
+    pieces["c"][0][0, 0] = 777
+    return pieces
+
+
+def play(cluster, model, **options):
+    data = FederatedDataset(poisoned(), cluster)
+    model.layer = linear()
+    aggregator = Aggregator(model, data, LOCAL, vectorize=True, **options)
+    return aggregator, aggregator.run_round()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_lost_worker_costs_no_client(tmp_path, restart):
+    (tmp_path / "never").touch()
+    with Cluster(2, restart=restart) as cluster:
+        ours, record = play(cluster, Killing(str(tmp_path / "died")))
+        assert (tmp_path / "died").exists()
+        assert record.failures == {}
+    with Cluster(1) as cluster:
+        expected, _ = play(cluster, Killing(str(tmp_path / "never")))
+    torch.testing.assert_close(values(ours), values(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.faults
+def test_a_client_that_kills_every_worker_takes_nobody_along():
+    with Cluster(2, restart=True) as cluster:
+        _, record = play(cluster, Killing())
+        assert list(record.failures) == ["c"]
+        assert isinstance(record.failures["c"], WorkerLostError)
+        assert len(record.accepted) == len(SIZES) - 1
+
+
+@pytest.mark.faults
+def test_without_retries_all_who_trained_at_once_are_lost():
+    with Cluster(2, restart=True) as cluster:
+        data = FederatedDataset(poisoned(), cluster)
+        lost = {c for c in data.clients if data.worker_of(c) is data.worker_of("c")}
+        _, record = play(cluster, Killing(), retries=0)
+        assert set(record.failures) == lost
+
+
+class Endless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        raw = x
+        while torch._C._functorch.is_batchedtensor(raw):
+            raw = torch._C._functorch.get_unwrapped(raw)
+        while bool((raw == 777).any()):
+            signal.pause()
+        return self.layer(x)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("vectorize", [True, "auto"])
+def test_a_deadline_ends_those_who_train_with_an_endless_client(vectorize):
+    pieces = {"worker-0": poisoned()["c"], "worker-1": shards(SIZES)["a"]}
+    pieces |= {"x": shards(SIZES)["b"], "y": shards(SIZES)["d"]}
+    with Cluster(2) as cluster:
+        data = FederatedDataset(pieces, cluster)
+        homes = {client: data.worker_of(client).name for client in data.clients}
+        aggregator = Aggregator(Endless(), data, LOCAL, vectorize=vectorize, deadline=16.0)
+        record = aggregator.run_round()
+        late = {client for client, home in homes.items() if home == "worker-0"}
+        assert late <= set(record.failures)
+        assert all(isinstance(e, CommandTimeoutError) for e in record.failures.values())
+        assert all(worker.alive for worker in cluster)
