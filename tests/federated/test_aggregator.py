@@ -425,12 +425,6 @@ def test_bad_arguments_are_value_errors_at_construction(cluster, arguments, mess
         Aggregator(given.pop("model"), given.pop("data"), given.pop("local"), **given)
 
 
-@pytest.mark.parametrize("name", ["vectorize"])
-def test_what_is_not_built_is_not_accepted(data, name):
-    with pytest.raises(TypeError, match=name):
-        Aggregator(linear(), data, LOCAL, **{name: None})
-
-
 @pytest.mark.parametrize("arguments", [{"rounds": -1}, {"rounds": 1.5}, {"rounds": True}])
 def test_bad_numbers_of_rounds(data, arguments):
     with pytest.raises(ValueError, match="rounds"):

@@ -63,7 +63,7 @@ def test_the_model_and_the_rows_of_a_client_are_on_the_device_of_its_worker(tran
     aggregator, _ = trained(transport, ["cpu:0"], train_where_the_rows_are)
     assert {record.metrics["index"] for record in aggregator.history} == {-1.0}  # as torch says it
     x = shards(SIZES)["a"][0]
-    assert aggregator._kept["a"]["seen"][0].item() == pytest.approx(3 * x.sum().item())
+    assert aggregator._course.kept["a"]["seen"][0].item() == pytest.approx(3 * x.sum().item())
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "3"])
@@ -142,7 +142,7 @@ def test_several_workers_share_one_gpu_and_results_are_home_on_the_cpu(transport
 def test_the_rows_and_the_model_are_on_the_gpu_and_what_is_kept_is_not(transport):
     aggregator, _ = trained(transport, ["cuda:0"], train_where_the_rows_are)
     assert {record.metrics["index"] for record in aggregator.history} == {0.0}
-    assert aggregator._kept["a"]["seen"][0].device.type == "cpu"
+    assert aggregator._course.kept["a"]["seen"][0].device.type == "cpu"
 
 
 @pytest.mark.gpu
