@@ -17,6 +17,8 @@ from fedproc.cluster.cluster import Cluster
 from fedproc.errors import CommandTimeoutError, QuorumError, WorkerLostError
 from fedproc.federated.aggregator import Aggregator
 from fedproc.federated.data import FederatedDataset
+from fedproc.federated.privacy import DifferentialPrivacy
+from fedproc.federated.secure_aggregation import SecureAggregation
 from fedproc.federated.strategies import FedAvg, FedNova, FedProx, Median, Scaffold
 from tests.federated.worlds import batchnorm_net, bits, cross_entropy, linear, sgd, shards
 
@@ -295,3 +297,15 @@ def test_a_deadline_ends_those_who_train_with_an_endless_client(vectorize):
         assert late <= set(record.failures)
         assert all(isinstance(e, CommandTimeoutError) for e in record.failures.values())
         assert all(worker.alive for worker in cluster)
+
+
+@pytest.mark.parametrize("vectorize", [True, "auto"])
+def test_what_protects_single_updates_is_refused(anywhere, vectorize):
+    pytest.importorskip("dp_accounting")
+    pytest.importorskip("cryptography")
+    data = FederatedDataset(shards(SIZES), anywhere)
+    privacy = DifferentialPrivacy(clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
+    for protection in ({"privacy": privacy}, {"secure": SecureAggregation()}):
+        (name,) = protection
+        with pytest.raises(ValueError, match=f"{name}= protects each"):
+            Aggregator(mlp(), data, LOCAL, weighting="uniform", vectorize=vectorize, **protection)
