@@ -30,6 +30,13 @@ def turns(worker, kept, count: int) -> None:
         kept.neg()
 
 
+def some(cluster, kept, count: int) -> None:
+    """``count`` of them, waited for now and then."""
+    for _ in range(0, count, AT_ONCE):
+        turns(kept.worker, kept, min(count, AT_ONCE))
+        cluster.wait()
+
+
 def resident(pid: int) -> float:
     """Bytes of a process that it shares with nobody (PSS would move with what others share)."""
     return float(psutil.Process(pid).memory_full_info().uss)
@@ -41,12 +48,10 @@ def benchmark(quick: bool) -> list[Row]:
     with fp.Cluster(1) as cluster:
         (worker,) = cluster
         kept = worker.send(torch.ones(4))
-        turns(worker, kept, tenth // TENTHS)  # what is allocated once is not counted
+        some(cluster, kept, tenth)  # what is allocated once is not counted
         for _ in range(TENTHS):
             started = time.perf_counter()
-            for _ in range(0, tenth, AT_ONCE):
-                turns(worker, kept, min(tenth, AT_ONCE))
-                cluster.wait()
+            some(cluster, kept, tenth)
             seconds.append(time.perf_counter() - started)
             gc.collect()
             parent.append(resident(psutil.Process().pid))
