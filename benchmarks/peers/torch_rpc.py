@@ -48,8 +48,14 @@ def measures() -> Iterator[Measures]:
     """Two processes joined by RPC over the loopback device."""
     port = free_port()
     other = subprocess.Popen([sys.executable, "-m", "benchmarks.peers.torch_rpc", str(port)])
-    join(0, port)
-    four = rpc.remote(THERE, ones)
+    try:
+        join(0, port)
+        four = rpc.remote(THERE, ones)
+        four.confirmed_by_owner()
+    except BaseException:
+        other.kill()  # it would wait for us for ever
+        other.wait()
+        raise
 
     def blocking(calls: int) -> float:
         started = time.perf_counter()
