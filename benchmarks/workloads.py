@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fedproc as fp
@@ -59,6 +58,16 @@ class Workload:
         for _ in range(self.epochs):
             yield from torch.randperm(size, generator=generator).split(self.batch_size)
 
+    def train(self, model: nn.Module, number: int, client: str) -> int:
+        """Trains the model as a client does in round ``number``; tells its rows."""
+        x, y = self.shards[client]
+        loss, optimizer = self.loss(), self.optimizer()(list(model.parameters()))
+        for batch in self.order(number, client):
+            optimizer.zero_grad()
+            loss(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        return len(x)
+
 
 class Sequential:
     """The plain loop: one model, one client after the other, the mean in float64."""
@@ -77,20 +86,15 @@ class Sequential:
     def _round(self, number: int) -> None:
         start, local = list(self._global.parameters()), list(self._local.parameters())
         sums = [torch.zeros_like(p, dtype=torch.float64) for p in start]
-        weights, loss = 0.0, self.workload.loss()
+        weights = 0
         for client in self.workload.cohort(number):
-            x, y = self.workload.shards[client]
             with torch.no_grad():
                 for parameter, value in zip(local, start, strict=True):
                     parameter.copy_(value)
-            optimizer = self.workload.optimizer()(local)
-            for batch in self.workload.order(number, client):
-                optimizer.zero_grad()
-                loss(self._local(x[batch]), y[batch]).backward()
-                optimizer.step()
-            weights += len(x)
+            rows = self.workload.train(self._local, number, client)
+            weights += rows
             for total, parameter in zip(sums, local, strict=True):
-                total.add_(parameter.detach().double() * len(x))
+                total.add_(parameter.detach().double() * rows)
         with torch.no_grad():
             for parameter, total in zip(start, sums, strict=True):
                 parameter.copy_(total / weights)
@@ -138,6 +142,9 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def digits() -> tuple[Tensor, Tensor]:
+    # here, because the processes of a peer import this module and get the rows from elsewhere
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
 

@@ -21,9 +21,9 @@ Measures = dict[str, Callable[..., Any]]
 class Peer:
     """This side: asks."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, *arguments: str) -> None:
         """Start ``benchmarks.peers.<module>``; ``missing`` tells why it cannot be measured."""
-        command = [sys.executable, "-m", f"benchmarks.peers.{module}"]
+        command = [sys.executable, "-m", f"benchmarks.peers.{module}", *arguments]
         pipe = subprocess.PIPE
         self.name = module
         self._process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """Every benchmark runs and prints numbers. How large they are is not tested."""
 
+import importlib.util
 import json
 import math
 import re
@@ -9,20 +10,30 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import rounds, workloads
+from benchmarks.peers import hosted
+
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[\d,]+(?:\.\d+)?"
 LINE = re.compile(rf"^(.+?) +({NUMBER}) +({NUMBER}) +({NUMBER})  (\S+) +(\d+)$", re.MULTILINE)
 UNITS = {"s", "ms", "us", "MiB", "GB/s", "x", "x1e-6", "ids", "count"}
+NOT_HERE = re.compile(r"^\w+: .*(\(extra: bench\)|nobody has written this peer)$")
 SHA256 = re.compile(r"\b[0-9a-f]{64}$", re.MULTILINE)
 
 
 def run(*arguments: str) -> str:
+    """What it prints, if it succeeds and complains of nothing but peers that cannot run here."""
+    return both(*arguments)[0]
+
+
+def both(*arguments: str) -> tuple[str, list[str]]:
+    """The same, and the lines that name those peers."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=110
     )
-    told = [line for line in done.stderr.splitlines() if not line.endswith("(extra: bench)")]
-    assert (done.returncode, told) == (0, [])  # a peer that is not installed is named there
-    return done.stdout
+    told = done.stderr.splitlines()
+    assert (done.returncode, [line for line in told if not NOT_HERE.match(line)]) == (0, [])
+    return done.stdout, told
 
 
 @pytest.mark.slow
@@ -66,12 +77,57 @@ def test_prints_the_digests_of_equal_models_and_writes_rows(name, models, rows, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_rounds_compares_with_the_plain_loop():
-    lines = run("benchmarks.rounds", "--quick", "tiny").splitlines()
+def test_rounds_compares_with_the_plain_loop_and_names_the_peers_that_are_missing():
+    printed, told = both("benchmarks.rounds", "--quick", "tiny")
+    lines = printed.splitlines()
     found = [LINE.match(line) for line in lines[2:]]
     assert all(found), lines
-    assert sum(match[1].strip() == "/ plain loop" for match in found) >= 4
     assert {match[5] for match in found} <= UNITS
+    systems = [match[1].strip() for match in found]
+    assert systems.count("/ plain loop") >= 5
+    named = {line.partition(":")[0] for line in told}
+    assert "blazefl" in named
+    for peer in ("pool", "ray_actors", "flower"):
+        assert (peer in systems) != (peer in named)
+    assert "pool" in systems  # needs nothing
+
+
+def test_a_peer_whose_packages_are_missing_is_named_with_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    found, missing = rounds.peers()
+    assert found == {"pool": "torch"}
+    assert missing["flower"] == "flwr, ray not installed (extra: bench)"
+    assert missing["ray_actors"] == "ray not installed (extra: bench)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package", "reason"),
+    [
+        ("pool", "no-such-package", r"^pool: no-such-package is not installed \(extra: bench\)$"),
+        ("nobody", "torch", "^nobody: torch does not run here: ModuleNotFoundError"),
+    ],
+)
+def test_a_peer_that_does_not_start_says_why(name, package, reason):
+    (tiny, *_) = workloads.workloads(quick=True)
+    with pytest.raises(hosted.MissingPeerError, match=reason):
+        hosted.Hosted(tiny, name=name, package=package)
+
+
+@pytest.mark.slow
+def test_a_peer_that_ends_with_another_model_is_refused():
+    (tiny, *_) = workloads.workloads(quick=True)
+    pool, plain = hosted.Hosted(tiny, name="pool", package="torch"), workloads.Sequential(tiny)
+    try:
+        pool.play(2)
+        plain.play(1)
+        models = {"plain loop": plain.model(), "pool": pool.model()}
+        with pytest.raises(AssertionError, match="tiny, pool: differs from the plain loop by"):
+            rounds.check("tiny", dict(models))
+        plain.play(1)
+        rounds.check("tiny", {**models, "plain loop": plain.model()})
+    finally:
+        pool.close()
 
 
 @pytest.mark.slow
