@@ -81,6 +81,11 @@ class Trainer:
         self._round = 0
         self._order = torch.Generator()  # of rows; seeded anew for every client
 
+    @property
+    def least_rows(self) -> int | None:
+        """Rows that numbers about private data must cover to leave; None: nothing is private."""
+        return self._work.private_rows
+
     def train(
         self,
         block: Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fedproc.cluster.functions import functions_of
 from fedproc.cluster.placing import dealt
 from fedproc.cluster.supervision import Supervisor, make_transport
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
@@ -37,6 +38,8 @@ class Cluster:
         transport: ``"process"``, or ``"inline"``: threads of this process, for debugging.
         devices: torch devices dealt to the workers in turn, several may share one; None: the CPU.
         min_rows: rows an evaluation on private data must cover for its means to leave a worker.
+        functions: the functions and classes that the workers run, beside torch's operations and
+            fedproc's own; code that is shipped is refused (NotPermittedError). None: any.
         start_timeout: seconds that starting may take.
 
     Raises:
@@ -56,6 +59,7 @@ class Cluster:
         transport: str = "process",
         devices: Sequence[Any] | None = None,
         min_rows: int = 10,
+        functions: Iterable[Callable[..., Any]] | None = None,
         start_timeout: float = 60.0,
     ) -> None:
         """Start the workers."""
@@ -77,8 +81,9 @@ class Cluster:
             for name, device in zip(names, dealt(devices), strict=False)
         ]
         modules = (preload,) if isinstance(preload, str) else tuple(preload)
+        told = None if functions is None else functions_of(functions)
         made = make_transport(transport, modules, start_timeout)
-        self._supervisor = Supervisor(made, start_timeout)
+        self._supervisor = Supervisor(made, start_timeout, told, min_rows)
         try:
             started = self._supervisor.start(self._specs)
         except BaseException:

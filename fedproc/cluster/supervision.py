@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
+from fedproc.cluster.functions import Functions
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.remote.hub import Hub
@@ -52,8 +53,19 @@ def _import(module: str) -> None:
 class Supervisor:
     """Starts the workers of one cluster and ends them."""
 
-    def __init__(self, transport: Transport, timeout: float) -> None:
-        """``timeout``: seconds a worker may take to start."""
+    def __init__(
+        self, transport: Transport, timeout: float, functions: Functions | None, min_rows: int
+    ) -> None:
+        """Prepare.
+
+        Args:
+            transport: starts the workers.
+            timeout: seconds a worker may take to start.
+            functions: all that they may run; None: whatever they are sent.
+            min_rows: told with the functions.
+        """
+        self._functions = functions
+        self._min_rows = min_rows
         self.arena = Arena("parent")
         self.hub = Hub(self.arena.collect)
         self._transport = transport
@@ -76,6 +88,7 @@ class Supervisor:
             deadline = time.monotonic() + self._timeout
             for link in links:
                 self._greet(link, deadline)
+                self._restrict(link)
         except BaseException:
             self.end(links)
             raise
@@ -110,6 +123,19 @@ class Supervisor:
             ) from error
         link.side.settimeout(None)
         link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
+
+    def _restrict(self, link: Link) -> None:
+        """Tell a worker all that it may run, before anybody else can tell it anything."""
+        if self._functions is None:
+            return
+        told = commands.Inspect("register", (self._functions.entries, self._min_rows))
+        try:
+            link.ask(plain(told, "register functions"), Site.nowhere(), self._timeout)
+        except FedprocError as error:
+            raise WorkerStartError(
+                f"worker {link.name!r} could not load the registered functions: {error}"
+            ) from error
+        link.registered = self._functions.digests
 
     @staticmethod
     def forget(gone: Worker, workers: Iterable[Worker]) -> None:

@@ -162,12 +162,12 @@ class _Counter:
     def __init__(self, targets: Sequence[Tensor], least_rows: int) -> None:
         """Keeps the targets of all blocks, and the fewest rows whose counts may leave."""
         self._targets = targets
-        self._least_rows = least_rows
+        self.least_rows = least_rows
 
     def count(self, spans: Sequence[Span]) -> dict[str, dict[int, int] | None]:
         """Counts: client -> label -> rows; None where there is nothing to count."""
         return {
-            client: count_labels(self._targets[block][start:stop], self._least_rows)
+            client: count_labels(self._targets[block][start:stop], self.least_rows)
             for client, block, start, stop in spans
         }
 

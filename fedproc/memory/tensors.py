@@ -104,6 +104,12 @@ class Exporter:
         """Whether the receiver will read this process's arena."""
         return bool(self.blocks or self.held)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's arena that the receiver will read."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self.held)
+        return held + sum(block.nbytes for block in self.blocks)
+
     def release(self) -> None:
         """The receiver has copied everything, or the message was not sent."""
         for block in self.blocks:

@@ -7,7 +7,7 @@ silently.
 
 import pickle
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Outgoing:
             NotShippableError: something in it cannot be pickled.
             ObjectGoneError: a pointer was fetched already.
         """
-        encoder = Encoder(self._externals())
+        encoder = Encoder(self._externals(), registered=self._registered)
         try:
             body = encoder.encode(fields)
         except FedprocError:
@@ -96,6 +96,9 @@ class Outgoing:
             exporter.release()
             raise
         return exporter, pickle.dumps(table, protocol=5)
+
+    def _registered(self) -> Mapping[Any, bytes] | None:
+        return None if self.link is None else self.link.registered
 
     def _externals(self) -> dict[type, Callable[[Any], int | None]]:
         externals: dict[type, Callable[[Any], int | None]]

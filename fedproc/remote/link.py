@@ -20,7 +20,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fedproc.errors import FedprocError, WorkerLostError
@@ -69,6 +69,7 @@ class Link:
         self.trash = self.outbox.trash
         self.mapped: Mapped | None = None
         self.attached: set[str] = set()
+        self.registered: Mapping[Any, bytes] | None = None  # code it has, where it takes no other
         self.end: FedprocError | None = None
         self.lost_seen = True
         self.lockstep: float | None = 0.0

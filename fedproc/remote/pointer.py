@@ -267,7 +267,7 @@ class Pointer(metaclass=Kind):
             parts.append(f"-> {self._handle.oid} on {self._handle.link.name}")
         if self._handle.gone is not None:
             parts.append("(gone)")
-        elif self._handle.facts is not None and "shape" in self._handle.facts:
+        elif self._handle.facts is not None and self._handle.facts.get("shape") is not None:
             facts = self._handle.facts
             parts.append(f"{tuple(facts['shape'])} {str(facts['dtype']).removeprefix('torch.')}")
         return f"<{' '.join(parts)}>"

@@ -34,7 +34,10 @@ class TensorPointer(Pointer):
     @property
     def shape(self) -> torch.Size:
         """Shape of the remote tensor."""
-        return torch.Size(facts(self)["shape"])
+        shape = facts(self)["shape"]
+        if shape is None:  # it would tell private values: the worker refuses, and notes it
+            shape = compute("builtins.getattr", (self, "shape"), what="shape")
+        return torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +54,7 @@ class TensorPointer(Pointer):
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return len(facts(self)["shape"])
+        return len(self.shape)
 
     @property
     def is_leaf(self) -> bool:

@@ -53,6 +53,29 @@ class WorkerStats(NamedTuple):
     commands: int
 
 
+class AuditRecord(NamedTuple):
+    """One line of ``worker.audit()``.
+
+    ``number`` counts from 1; ``time`` is in seconds since 1970; ``event`` is "left" or "refused";
+    ``way`` is the way out: "fold", "evaluation", "metric", or the name of what was refused ("get",
+    "borrow", "move", "send", "run", "Tensor.item" ...); ``command`` is the command's number;
+    ``object``, ``type``, ``shape``: of the private object, None and "" where there was none;
+    ``nbytes``: what left; ``to``: who asked; ``detail``: the method, or the error's text.
+    """
+
+    number: int
+    time: float
+    event: str
+    way: str
+    command: int
+    object: int | None
+    type: str
+    shape: tuple[int, ...] | None
+    nbytes: int
+    to: str
+    detail: str
+
+
 class Worker:
     """A worker process: a collection of objects, and functions that run beside them."""
 
@@ -165,6 +188,15 @@ class Worker:
     def stats(self) -> WorkerStats:
         """CPU seconds, memory in bytes and counts of the worker."""
         return WorkerStats(**self._inspect("stats"))
+
+    def audit(self) -> tuple[AuditRecord, ...]:
+        """What left this worker although it is private, and what was refused; oldest first.
+
+        The log is kept in the worker's memory, can only be added to, and ends with the worker. It
+        keeps the newest 10,000 records: a first ``number`` above 1 tells how many are gone. Public
+        objects are not logged.
+        """
+        return tuple(AuditRecord(*row) for row in self._inspect("audit"))
 
     def search(self, *tags: str) -> list[Any]:
         """Pointers to the objects that carry all ``tags``. They do not own the objects.

@@ -28,14 +28,23 @@ class Encoder(pickle.Pickler):
 
     dispatch_table = cloudpickle.CloudPickler.dispatch_table
 
-    def __init__(self, externals: Externals, *, nest_code: bool = False) -> None:
+    def __init__(
+        self,
+        externals: Externals,
+        *,
+        nest_code: bool = False,
+        registered: Callable[[], Mapping[Any, bytes] | None] = lambda: None,
+    ) -> None:
         """Make a pickler for one value.
 
         Args:
             externals: exact type -> function giving the persistent id of an instance.
             nest_code: put code inside the stream; else only its digest, see ``definitions``.
+            registered: gives the code that the receiver has (function or class -> digest) where it
+                takes no other; None where it does.
         """
         self._nest_code = nest_code
+        self._registered = registered
         self._buffer = io.BytesIO()
         super().__init__(self._buffer, protocol=5)
         self._externals = externals
@@ -54,6 +63,9 @@ class Encoder(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         """Ship code that cannot be imported by value."""
         if isinstance(obj, (types.FunctionType, type)) and not travels_by_name(obj):
+            registered = self._registered()
+            if registered is not None:  # the receiver refuses what it does not know, by this name
+                return load_code, (registered.get(obj, b""), f"{obj.__module__}.{obj.__qualname__}")
             digest, code = by_value(obj)
             if self._nest_code:
                 return cloudpickle.loads, (code,)
@@ -82,16 +94,16 @@ class Decoder(pickle.Unpickler):
             return self._load_code
         return super().find_class(module, name)
 
-    def _load_code(self, digest: bytes) -> Any:
+    def _load_code(self, digest: bytes, _name: str = "") -> Any:
         # Loaded anew each time, on purpose: a function starts with its globals as they were when
         # it was submitted, not as an earlier call in the same worker left them.
         return cloudpickle.loads(self._definitions[digest])
 
 
-def load_code(digest: bytes) -> Any:
+def load_code(digest: bytes, name: str = "") -> Any:
     """Stands in the stream for code by digest; only a Decoder can load it.
 
     Raises:
         RuntimeError: always.
     """
-    raise RuntimeError(f"code {digest.hex()} can only be loaded by fedproc's own decoder")
+    raise RuntimeError(f"code {name} {digest.hex()} can only be loaded by fedproc's own decoder")

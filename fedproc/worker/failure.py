@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 
 from fedproc.errors import FedprocError, RemoteError
+from fedproc.wire.code import travels_by_name
 from fedproc.wire.commands import Failure
 
 LONGEST_TEXT = 64 * 1024
@@ -34,21 +35,41 @@ def describe(error: BaseException, *, private: bool) -> Failure:
     try:
         return _describe(error, private=private)
     except BaseException as broken:  # noqa: BLE001 - hostile __str__ and __dict__ raise anything
-        name = type(error).__qualname__
-        text = f"<it cannot be described: {type(broken).__name__}>"
-        return Failure(None, _pickled(type(error)), name, text, name, None)
+        kind = _importable(type(error)) if private else type(error)
+        name = kind.__qualname__
+        text = f"<it cannot be described: {_importable(type(broken)).__name__}>"
+        return Failure(None, _pickled(kind), name, text, name, None)
 
 
 def _describe(error: BaseException, *, private: bool) -> Failure:
     own = isinstance(error, FedprocError) and not isinstance(error, RemoteError)
+    # A user's function may raise our errors, and put a value into the text, or make a class of it.
+    own = own and (not private or is_ours(error))
+    kind = _importable(type(error)) if private else type(error)
     return Failure(
         own=_pickled(error) if own else None,
-        kind=_pickled(type(error)) if isinstance(error, Exception) else None,
-        name=type(error).__qualname__,
+        kind=_pickled(kind) if issubclass(kind, Exception) else None,
+        name=kind.__qualname__,
         message="" if private else _text(error),
         traceback=_traceback(error, private=private),
         state=None if private else _pickled(_attributes(error)),
     )
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether fedproc itself raised it: nobody else's code is on the way to it."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if not module.startswith("fedproc.") and module not in ("pickle", "_pickle", "contextlib"):
+            return False
+        trace = trace.tb_next
+    return error.__class__.__module__.startswith("fedproc.")
+
+
+def _importable(cls: type[BaseException]) -> type[BaseException]:
+    """The class, or the first one it is made from that was not made while it ran."""
+    return next(base for base in cls.__mro__ if travels_by_name(base))
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
@@ -87,7 +108,8 @@ def _traceback(error: BaseException, *, private: bool) -> str:
     kept = [f for f in frames if not any(own in f.filename for own in _OWN_FRAMES)]
     if private:
         lines = [f'  File "{f.filename}", line {f.lineno}, in {f.name}\n' for f in kept]
-        return "".join(["Traceback (most recent call last):\n", *lines, type(error).__qualname__])
+        name = _importable(type(error)).__qualname__
+        return "".join(["Traceback (most recent call last):\n", *lines, name])
     try:
         shown = traceback.TracebackException.from_exception(error)
         shown.stack = traceback.StackSummary.from_list(kept)

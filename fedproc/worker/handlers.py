@@ -4,8 +4,6 @@ A handler gets the host, the frame of the command and its fields. It raises what
 loop turns that into a tombstone and a reply.
 """
 
-import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,39 +12,14 @@ from torch import nn
 
 from fedproc.wire import commands, frames
 from fedproc.wire.frames import Frame
-from fedproc.wire.names import function_named
 from fedproc.worker import parts, privacy
 from fedproc.worker.host import Host
-from fedproc.worker.inspections import INSPECTIONS, description, type_name
-from fedproc.worker.modes import applied, usual
-from fedproc.worker.reshaping import reshaping
+from fedproc.worker.inspections import INSPECTIONS, told, type_name
+from fedproc.worker.running import run, with_objects
+from fedproc.worker.shapes import shape_is_open, tells_only_shape
 from fedproc.worker.store import Domain
 
-_IN_PLACE = frozenset(
-    """operator.iadd operator.isub operator.imul operator.itruediv operator.ifloordiv operator.imod
-    operator.ipow operator.imatmul operator.iand operator.ior operator.ixor operator.ilshift
-    operator.irshift operator.setitem operator.delitem""".split()
-)
-
-
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
-
-
-@functools.cache
-def _pure(name: str) -> bool:
-    """Whether an operation (of no ``out=``) writes nowhere and changes no mode."""
-    return (
-        name.startswith(PURE_PREFIXES) and not name.startswith("torch.set_") and not _writes(name)
-    )
-
-
-def _writes(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return name in _IN_PLACE or (last.endswith("_") and not last.endswith("__"))
-
-
-PURE_PREFIXES = ("operator.", "torch.", "Tensor.")
-"""Functions named like this write only into their first argument, if at all."""
 
 
 def call(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -54,61 +27,33 @@ def call(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     command = commands.Call(*fields)
     args = command.args
     if command.ids:
-        args = _with_objects(host, args, command.ids)
-    result = _run(host, command.function, args, command.kwargs, command.modes)
+        args = with_objects(host, args, command.ids)
+    update = _foldable(host, args) if command.update else ""  # before the run: it may make private
+    result = run(host, command.function, args, command.kwargs, command.modes)
+    if host.registered is not None:
+        host.registered.require_result(result)
     if frame.flags & frames.KEEP:
         domain = privacy.result_domain(result, host.used, private=command.private)
-        host.store.add(frame.sequence, result, domain, update=command.update)
+        entry = host.store.add(frame.sequence, result, domain)
+        entry.update = update or entry.update
+        if domain.private and entry.open_shape and privacy.any_private(host.used):
+            entry.open_shape = shape_is_open(command._replace(args=args), result, host.used)
 
 
-def _with_objects(host: Host, args: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
-    filled = list(args)
-    for place in places:
-        entry = host.store.entry(filled[place])
-        host.used.append(entry)
-        filled[place] = entry.value
-    return tuple(filled)
+def _foldable(host: Host, args: tuple[Any, ...]) -> str:
+    """The method whose result an aggregator may take; of private data only fedproc's own.
 
-
-def _run(
-    host: Host, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any
-) -> Any:
-    name = function if isinstance(function, str) else ""
-    target = function_named(name) if name else function
-    if privacy.any_private(host.used):
-        return _run_private(host, name, target, args, kwargs, modes)
-    pure = _pure(name) and "out" not in kwargs
-    if pure and modes is None:
-        return target(*args, **kwargs)
-    with contextlib.nullcontext() if pure else reshaping(host, name, kwargs):
-        if modes is not None:
-            with applied(modes):
-                return target(*args, **kwargs)
-        try:
-            return target(*args, **kwargs)
-        finally:
-            usual()
-
-
-def _run_private(
-    host: Host, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any
-) -> Any:
-    used = list(host.used)
-    # What an operator or a method of a tensor writes into is its first argument. Anything else may
-    # write anywhere: into what it was given, and into the leaves of its graphs (backward).
-    pure = name.startswith(("operator.", "Tensor.")) and not name.endswith("backward")
-    watch = None if pure else privacy.Watch([*used, *privacy.leaf_holders(used, host.store)])
-    try:
-        with applied(modes), privacy.silence(), reshaping(host, name, kwargs):
-            return target(*args, **kwargs)
-    finally:
-        if watch is not None:
-            watch.taint()
-        elif _writes(name) or "out" in kwargs:
-            # the target is the first argument, or out=; all public tensors in use, to be safe
-            for entry in used:
-                if entry.value is args[0] or entry.value is kwargs.get("out"):
-                    entry.domain.taint()
+    The one private object in it is the trainer: rows that are given to it as an argument are not
+    its clients', and an evaluation of them would not be a mean.
+    """
+    target, method = args[0], str(args[1])
+    given = [entry for entry in host.used if entry.domain.private and entry.value is not target]
+    least = getattr(target, "least_rows", None)
+    if host.registered is not None and privacy.any_private(host.used):
+        # here the parent is not believed that its trainer hides what few rows tell
+        enough = least is not None and least >= host.min_rows
+        return method if host.registered.may_fold(target) and enough and not given else ""
+    return "" if given else method
 
 
 def put(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -129,22 +74,12 @@ def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Run a function and answer with the result."""
     command = commands.Compute(*fields)
     if command.ids:
-        command = command._replace(args=_with_objects(host, command.args, command.ids))
+        command = command._replace(args=with_objects(host, command.args, command.ids))
     private = [entry for entry in host.used if entry.domain.private]
-    if private and command.function not in privacy.METADATA and not _asks_shape(command):
+    if private and not tells_only_shape(command, private):
         raise privacy.refused(str(command.function), private[0].ids[0], host.spec.name)
-    result = _run(host, command.function, command.args, command.kwargs, command.modes)
+    result = run(host, command.function, command.args, command.kwargs, command.modes)
     _answer(host, frame.sequence, result)
-
-
-def _asks_shape(command: commands.Compute) -> bool:
-    plain = ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "nbytes")
-    return (
-        command.function == "builtins.getattr"
-        and len(command.args) > 1
-        and isinstance(command.args[0], torch.Tensor)
-        and command.args[1] in plain
-    )
 
 
 def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -153,31 +88,36 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     entry = host.store.entry(command.target)
     host.used.append(entry)
     if not (command.folding and entry.update):
-        privacy.may_leave(entry, "get", host.spec.name)
+        privacy.may_leave(entry, "borrow" if command.lent else "get", host.spec.name)
     if command.lent:
-        _lend(host, frame.sequence, entry.value)
+        nbytes = _lend(host, frame.sequence, entry.value)
     else:
-        _answer(host, frame.sequence, entry.value, tuple(entry.ids))
+        nbytes = _answer(host, frame.sequence, entry.value, tuple(entry.ids))
+    if entry.domain.private:
+        host.audit.left(entry, frame.sequence, nbytes)
 
 
-def _lend(host: Host, sequence: int, value: Any) -> None:
+def _lend(host: Host, sequence: int, value: Any) -> int:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"only tensors can be borrowed, not a {type_name(value)}: use fetch()")
     host.adopt(value)
     flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
     host.reply(commands.Value((flags | frames.EXPORTED, body, ())), sequence)
+    return len(body) + exporter.nbytes
 
 
-def _answer(host: Host, sequence: int, value: Any, *more: Any) -> None:
+def _answer(host: Host, sequence: int, value: Any, *more: Any) -> int:
+    """Answer with a value; bytes that leave."""
     if type(value) in _PLAIN:
         host.reply(commands.Value((frames.PLAIN, value, *more)), sequence)
-        return
+        return 0
     flags, body, exporter = host.encode(value)
     if exporter.exported:
         host.exports[sequence] = exporter
         flags |= frames.EXPORTED
     host.reply(commands.Value((flags, body, *more)), sequence)
+    return len(body) + exporter.nbytes
 
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -186,7 +126,7 @@ def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     entry = host.store.entry(command.target)
     host.used.append(entry)
     privacy.may_leave(entry, "move", host.spec.name)
-    flags, body, exporter = host.encode(entry.value, copy=command.copy)
+    flags, body, exporter = host.encode(entry.value, copy=command.copy, by_digest=True)
     host.exports[frame.sequence] = exporter
     cut = isinstance(entry.value, torch.Tensor) and entry.value.grad_fn is not None
     labels = (tuple(entry.tags), entry.description)
@@ -217,7 +157,7 @@ def import_(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 def describe(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Answer with what kind of thing an object is."""
     entry = host.store.entry(commands.Describe(*fields).target)
-    host.reply(commands.Value(description(entry.value)), frame.sequence)
+    host.reply(commands.Value(told(entry)), frame.sequence)
 
 
 def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -227,9 +167,11 @@ def part(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     host.used.append(entry)
     value = entry.value
     for step in command.path:
+        if host.registered is not None and isinstance(step, str):
+            host.registered.require_attribute(value, step)
         value = parts.step(value, step)
     # A part is private whenever the whole is, also when that becomes so later, and vice versa.
-    host.store.add(frame.sequence, value, entry.domain)
+    host.store.add(frame.sequence, value, entry.domain, open_shape=entry.open_shape)
 
 
 def free(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -269,6 +211,8 @@ class RemotePointer:
 def define(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Keep code by its digest."""
     command = commands.Define(*fields)
+    if host.registered is not None:
+        raise host.registered.refused("code that was shipped")
     if command.forget:
         host.definitions.clear()
     host.definitions[command.digest] = command.code

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from fedproc.transport.channel import Channel
 from fedproc.wire import frames
 from fedproc.wire.codec import Decoder, Encoder
 from fedproc.wire.commands import KIND
+from fedproc.worker.audit import AuditLog
+from fedproc.worker.guarded import GuardedDecoder
+from fedproc.worker.registered import Registered
 from fedproc.worker.store import Entry, ObjectStore, PoisonedError
 
 PARENT = "<parent>"
@@ -39,8 +43,14 @@ PARENT = "<parent>"
 class Host:
     """Objects, memory and channel of a worker."""
 
-    def __init__(self, spec: WorkerSpec, channel: Channel, side: socket.socket) -> None:
-        """Create the arena and tell the parent its descriptor."""
+    def __init__(
+        self, spec: WorkerSpec, channel: Channel, side: socket.socket, *, is_process: bool
+    ) -> None:
+        """Create the arena and tell the parent its descriptor.
+
+        ``is_process``: the process is this worker and nothing else.
+        """
+        self.is_process = is_process
         self.spec = spec
         self.channel = channel
         self.side = side
@@ -51,6 +61,10 @@ class Host:
         self.exports: dict[int, Exporter] = {}
         self.used: list[Entry] = []
         self.trouble: Exception | None = None
+        self.registered: Registered | None = None  # None: it runs whatever it is sent
+        self.min_rows = 1  # with registered functions only: the parent is not believed
+        self.registered_code: dict[Any, bytes] = {}
+        self.audit = AuditLog()
         self.commands = 0
         self.stopped = False
 
@@ -70,7 +84,7 @@ class Host:
                     self.store.free(oid)
         else:
             body = frame.body
-        if frame.flags & frames.PLAIN:
+        if frame.flags & frames.PLAIN and self.registered is None:
             fields: tuple[Any, ...] = pickle.loads(body)
             return fields
         return tuple(self.load(body, frame.flags, PARENT))
@@ -80,7 +94,7 @@ class Host:
         stream = io.BytesIO(body)
         tensors: list[torch.Tensor] = []
         if flags & frames.HAS_TENSORS:
-            table: Table = pickle.load(stream)
+            table: Table = self._decoder(stream, _no_external).load()
             shared = bool(flags & frames.SHARED)
             tensors = rebuild(table, lambda place: self._copy(place, source, shared=shared))
 
@@ -96,7 +110,12 @@ class Host:
             self.used.append(entry)
             return entry.value
 
-        return Decoder(stream, external, self.definitions).load()
+        return self._decoder(stream, external).load()
+
+    def _decoder(self, stream: io.BytesIO, external: Callable[[int], Any]) -> Any:
+        if self.registered is None:
+            return Decoder(stream, external, self.definitions)
+        return GuardedDecoder(stream, external, self.registered)
 
     def _copy(self, place: Place, source: str, *, shared: bool) -> torch.Tensor:
         nbytes = place_bytes(place)
@@ -110,15 +129,27 @@ class Host:
     # ---- writing
 
     def encode(
-        self, value: Any, inline_bytes: int = INLINE_BYTES, *, copy: bool = False
+        self,
+        value: Any,
+        inline_bytes: int = INLINE_BYTES,
+        *,
+        copy: bool = False,
+        by_digest: bool = False,
     ) -> tuple[int, bytes, Exporter]:
         """``(flags, body, exporter)`` of a value on its way out.
+
+        With ``by_digest`` registered code is only named: a worker of the same cluster has it, too.
 
         Raises:
             NotShippableError: it cannot be pickled.
         """
         packer, exporter = Packer(), Exporter(self.arena, inline_bytes, copy=copy)
-        encoder = Encoder({torch.Tensor: packer.add, nn.Parameter: packer.add}, nest_code=True)
+        known = self.registered_code if by_digest and self.registered is not None else None
+        encoder = Encoder(
+            {torch.Tensor: packer.add, nn.Parameter: packer.add},
+            nest_code=True,
+            registered=lambda: known,
+        )
         try:
             body = encoder.encode(value)
         except Exception as error:
@@ -195,6 +226,10 @@ def _dense(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The stride, where the tensor is all there is in its storage."""
     whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
     return tensor.stride() if whole and tensor.storage_offset() == 0 else None
+
+
+def _no_external(pid: int) -> Any:
+    raise RuntimeError(f"a table of tensors refers to object {pid}")
 
 
 def _nowhere(block: Any) -> Any:

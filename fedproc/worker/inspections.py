@@ -7,8 +7,10 @@ import psutil
 import torch
 from torch import nn
 
+from fedproc.errors import NotPermittedError
 from fedproc.worker import privacy
 from fedproc.worker.host import Host
+from fedproc.worker.registered import Registered
 from fedproc.worker.store import Entry
 
 
@@ -27,6 +29,14 @@ def description(value: Any) -> dict[str, Any]:
     return {"kind": kind, "type": type_name(value), "sequence": isinstance(value, (tuple, list))}
 
 
+def told(entry: Entry) -> dict[str, Any]:
+    """The description of an object, without a shape that would tell private values."""
+    found = description(entry.value)
+    if entry.domain.private and not entry.open_shape and "shape" in found:
+        found["shape"] = None
+    return found
+
+
 def type_name(value: Any) -> str:
     """Qualified name of an object's class."""
     cls = type(value)
@@ -40,12 +50,13 @@ def _objects(host: Host) -> list[dict[str, Any]]:
 def _information(entry: Entry) -> dict[str, Any]:
     value = entry.value
     tensor = value if isinstance(value, torch.Tensor) else None
+    hidden = entry.domain.private and not entry.open_shape
     return {
         "id": entry.ids[0],
         "type": type_name(value),
-        "shape": None if tensor is None else tuple(tensor.shape),
+        "shape": None if tensor is None or hidden else tuple(tensor.shape),
         "dtype": None if tensor is None else tensor.dtype,
-        "nbytes": sum(_tensor_bytes(value)),
+        "nbytes": 0 if hidden else sum(_tensor_bytes(value)),
         "tags": entry.tags,
         "description": entry.description,
         "private": entry.domain.private,
@@ -80,7 +91,7 @@ def _stats(host: Host) -> dict[str, Any]:
 
 def _search(host: Host, tags: frozenset[str]) -> list[tuple[int, dict[str, Any]]]:
     found = [entry for entry in host.store if tags <= entry.tags]
-    return [(entry.ids[0], description(entry.value)) for entry in found]
+    return [(entry.ids[0], told(entry)) for entry in found]
 
 
 def _clear(host: Host) -> None:
@@ -88,7 +99,27 @@ def _clear(host: Host) -> None:
 
 
 def _permitted(host: Host, target: int) -> None:
-    privacy.may_leave(host.store.entry(target), "send", host.spec.name)
+    entry = host.store.entry(target)
+    host.used.append(entry)
+    privacy.may_leave(entry, "send", host.spec.name)
+
+
+def _audit(host: Host) -> list[tuple[Any, ...]]:
+    return host.audit.records()
+
+
+def _register(
+    host: Host, functions: tuple[tuple[str, str, bytes, bytes], ...], min_rows: int
+) -> None:
+    if host.registered is not None:
+        raise NotPermittedError(
+            f"register: worker {host.spec.name!r} was told its functions when it started; they "
+            "cannot be changed. Make another Cluster(..., functions=[...])."
+        )
+    registered = Registered(host.spec.name, functions)
+    host.registered_code = registered.digests()
+    host.min_rows = min_rows
+    host.registered = registered
 
 
 INSPECTIONS: dict[str, Callable[..., Any]] = {
@@ -97,4 +128,6 @@ INSPECTIONS: dict[str, Callable[..., Any]] = {
     "search": _search,
     "clear": _clear,
     "permitted": _permitted,
+    "audit": _audit,
+    "register": _register,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from fedproc.errors import NotPermittedError
 from fedproc.transport.channel import SPIN_SECONDS, Channel, look_out
 from fedproc.wire import commands
 from fedproc.wire.frames import Frame, ProtocolError
@@ -172,12 +173,20 @@ class Loop:
             cause = error.cause
         else:
             told = failure.describe(error, private=privacy.any_private(host.used))
+            if isinstance(error, NotPermittedError) and failure.is_ours(error):
+                self._log_refusal(frame, error)
         if frame.kind not in _NO_RESULT and not _QUERY[frame.kind]:
             host.store.bury(frame.sequence, cause)
         if _QUERY[frame.kind]:
             host.reply(commands.Refusal(cause, told), frame.sequence)
         else:
             host.reply(commands.Failed(cause, told), frame.sequence)
+
+    def _log_refusal(self, frame: Frame, error: NotPermittedError) -> None:
+        host = self._host
+        private = next((entry for entry in host.used if entry.domain.private), None)
+        way = str(error).partition(":")[0]
+        host.audit.refused(way, frame.sequence, private, str(error))
 
 
 def _is_client(host: Host) -> bool:

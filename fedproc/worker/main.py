@@ -63,7 +63,7 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     side = socket.socket(fileno=given.side)
     # Of the thread it interrupts only: others would run on while their stacks are read.
     faulthandler.register(STACK_SIGNAL, file=given.side, all_threads=False)
-    host = _open(spec, channel, side, given.arena, around.arena_size)
+    host = _open(spec, channel, side, given.arena, around.arena_size, is_process=True)
     if host is not None:
         serve(host)
         channel.flush()
@@ -74,7 +74,7 @@ def serve_inline(
 ) -> None:
     """Be a worker in this thread; returns when told to stop, or killed."""
     turns = Turns(derive(spec.seed, spec.name), spec.threads)
-    host = _open(spec, channel, side, arena_fd, arena_size)
+    host = _open(spec, channel, side, arena_fd, arena_size, is_process=False)
     if host is not None:
         serve(host, turns.turn, spin_seconds=0.0)
         channel.flush()
@@ -82,13 +82,19 @@ def serve_inline(
 
 
 def _open(
-    spec: WorkerSpec, channel: Channel, side: socket.socket, arena_fd: int, arena_size: int
+    spec: WorkerSpec,
+    channel: Channel,
+    side: socket.socket,
+    arena_fd: int,
+    arena_size: int,
+    *,
+    is_process: bool,
 ) -> Host | None:
     """The host with the parent's arena mapped; the parent has been told either way."""
     host = None
     try:
         _require_device(spec.device)
-        host = Host(spec, channel, side)
+        host = Host(spec, channel, side, is_process=is_process)
         host.map(PARENT, arena_fd, arena_size)
         socket.send_fds(side, [b"a"], [host.arena.fd])
         host.reply(Ready(os.getpid(), host.arena.size_bytes), 0)

@@ -6,8 +6,7 @@ after a call of arbitrary code, tensors and modules among its arguments are comp
 taken before, and any other mutable object counts as written.
 """
 
-import contextlib
-import io
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,17 +15,6 @@ from torch import nn
 
 from fedproc.errors import NotPermittedError
 from fedproc.worker.store import Domain, Entry
-
-METADATA = frozenset(
-    """Tensor.size Tensor.dim Tensor.ndimension Tensor.numel Tensor.nelement Tensor.element_size
-    Tensor.stride Tensor.is_contiguous Tensor.is_floating_point Tensor.is_complex Tensor.is_signed
-    Tensor.storage_offset Tensor.type Tensor.get_device Tensor.is_same_size Tensor.is_coalesced
-    Tensor.sparse_dim Tensor.dense_dim Tensor.is_inference torch.numel torch.is_floating_point
-    torch.is_complex torch.is_signed torch.is_same_size torch.result_type torch.can_cast
-    builtins.len fedproc.worker.parts.has_gradient fedproc.worker.parts.kind_of
-    fedproc.worker.parts.parameter_names fedproc.worker.parts.state_names""".split()
-)
-"""Functions that answer about the shape or type of a tensor, not about its values."""
 
 
 def may_leave(entry: Entry, how: str, worker: str) -> None:
@@ -98,15 +86,39 @@ class Watch:
                 entry.domain.taint()
 
 
-def _snapshot(value: Any) -> list[torch.Tensor] | None:
+def _snapshot(value: Any) -> "list[tuple[int, torch.Tensor]] | None":
+    """Tensors of a tensor or module: how often each was written to, and a copy."""
     if isinstance(value, torch.Tensor):
         found = [value, value.grad] if value.is_leaf else [value]
     elif isinstance(value, nn.Module):
-        state = [*value.parameters(), *value.buffers()]
-        found = [*state, *(tensor.grad for tensor in state)]
+        state = list(_tensors_of(value, set()))
+        found = [*state, *(tensor.grad for tensor in state if tensor.is_leaf)]
     else:
         return None
-    return [torch.empty(0) if t is None else t.detach().clone() for t in found]
+    return [(-1, torch.empty(0)) if t is None else (_version(t), t.detach().clone()) for t in found]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -2 if tensor.is_inference() else tensor._version
+
+
+def _tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor that a module holds: parameters, buffers, and what lies in its attributes."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_of(item, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors_of(item, seen)
+    elif isinstance(value, functools.partial):
+        yield from _tensors_of((value.args, value.keywords), seen)
+    elif isinstance(value, nn.Module):
+        yield from _tensors_of(vars(value), seen)
 
 
 def _attributes(value: Any) -> list[tuple[str, int, int]]:
@@ -120,13 +132,25 @@ def _attributes(value: Any) -> list[tuple[str, int, int]]:
     ]
 
 
-def _same(before: list[torch.Tensor], after: list[torch.Tensor] | None) -> bool:
+def _same(
+    before: "list[tuple[int, torch.Tensor]]", after: "list[tuple[int, torch.Tensor]] | None"
+) -> bool:
+    """Whether nothing was written: not even the value that was there, which would tell it."""
     if after is None or len(before) != len(after):
         return False
     return all(
-        one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
-        for one, other in zip(before, after, strict=True)
+        times == again and one.shape == other.shape and _same_bits(one, other)
+        for (times, one), (again, other) in zip(before, after, strict=True)
     )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.layout != other.layout:
+        return False
+    if one.layout is not torch.strided or one.is_quantized:
+        return torch.equal(one.to_dense(), other.to_dense())
+    flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(*flat)
 
 
 def leaf_holders(used: Sequence[Entry], store: Iterable[Entry]) -> list[Entry]:
@@ -160,11 +184,3 @@ def _holds_leaf(value: Any, leaves: set[int]) -> bool:
     if isinstance(value, nn.Module):
         return any(id(parameter) in leaves for parameter in value.parameters())
     return id(value) in leaves
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Nothing is printed while a private object is in use."""
-    sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        yield
