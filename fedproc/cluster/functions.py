@@ -28,7 +28,8 @@ def functions_of(given: Iterable[Callable[..., Any]]) -> Functions:
     digests: dict[Any, bytes] = {}
     for function in given:
         kinds = (types.FunctionType, types.BuiltinFunctionType, type)
-        if not isinstance(function, kinds):
+        bound = not isinstance(getattr(function, "__self__", None), (types.ModuleType, type(None)))
+        if not isinstance(function, kinds) or bound:
             raise TypeError(
                 f"functions: {function!r} is neither a function nor a class. Register the function "
                 "or class itself, not a bound method, partial or instance."
