@@ -59,6 +59,7 @@ __all__ = [
     "WorkerStartError",
     "WorkerStats",
     "as_completed",
+    "audit",
     "columns",
     "federate",
     "gather",
@@ -101,6 +102,7 @@ _NAMES = {
 }
 """Module -> the public names that live in it."""
 _MODULES = {
+    "audit": "audit",
     "partition": "federated.partition",
     "strategies": "federated.strategies",
 }
