@@ -55,15 +55,12 @@ def membership(
     0.025^(1/k), which bounds the interval then.
 
     Args:
-        model: In eval mode while it is attacked; its modes are restored, nothing else is changed.
+        model: In eval mode while it is attacked; its modes are restored.
         members: (x, y) of rows it was trained on: tensors or arrays of shapes (m, ...).
         non_members: (x, y) of rows of the same kind that it has not seen, shapes (n, ...).
         loss: ``loss(outputs, targets)`` -> one number; called with one row at a time, so a mean
             does as well as a sum. None: cross entropy of outputs (rows, classes) and integer
             targets (rows,).
-
-    Returns:
-        The area, its interval, and how many rows were compared.
 
     Raises:
         ValueError: Not a module, fewer than two rows, shapes that do not fit, or a loss that is
@@ -75,11 +72,7 @@ def membership(
             "remote one home"
         )
     inside, outside = _pair("members", members), _pair("non_members", non_members)
-    if inside[0].shape[1:] != outside[0].shape[1:] or inside[1].shape[1:] != outside[1].shape[1:]:
-        raise ValueError(
-            f"members and non_members must be rows of the same kind, got {_shapes(inside)} and "
-            f"{_shapes(outside)}"
-        )
+    _require_alike(inside, outside)
     low = _losses(model, "members", inside, loss)
     high = _losses(model, "non_members", outside, loss)
     auc, interval = area(low, high)
@@ -123,6 +116,14 @@ def _pair(name: str, rows: Any) -> tuple[Tensor, Tensor]:
     if len(x) < 2:
         raise ValueError(f"{name} needs at least two rows for an interval, got {len(x)}")
     return x, y
+
+
+def _require_alike(inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> None:
+    if any(one.shape[1:] != other.shape[1:] for one, other in zip(inside, outside, strict=True)):
+        raise ValueError(
+            f"members and non_members must be rows of the same kind, got {_shapes(inside)} and "
+            f"{_shapes(outside)}"
+        )
 
 
 def _shapes(rows: tuple[Tensor, Tensor]) -> str:
