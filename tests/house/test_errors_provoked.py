@@ -76,6 +76,16 @@ def damaged(cluster, tmp_path):
     fp.Aggregator.load(tmp_path / "saved", nn.Linear(2, 2), data, never_trains)
 
 
+def spent(cluster, tmp_path):
+    data = fp.federate((X, Y), cluster, clients=2)
+    privacy = fp.DifferentialPrivacy(1.0, 1.0, 1e-5, max_epsilon=5.0)
+    aggregator = fp.Aggregator(
+        nn.Linear(2, 2), data, never_trains, weighting="uniform", privacy=privacy
+    )
+    aggregator.run_round()  # costs 4.7
+    aggregator.run_round()
+
+
 PROVOKED = {
     # class: (what provokes it, what the message says: who, which operation, what to do)
     "PlacementError": (
@@ -106,6 +116,7 @@ PROVOKED = {
     ),
     "QuorumError": (quorum, ("client-000", "'alice'", "diverged", "unchanged")),
     "CheckpointError": (damaged, ("saved", "checkpoint")),
+    "PrivacyBudgetError": (spent, ("epsilon", "one more", "max_epsilon=5", "after the last round")),
 }
 
 
