@@ -60,23 +60,29 @@ def divide(update):
     return (bias @ weights / (bias @ bias)).clamp(0, 1).view(1, 1, 8, 8)
 
 
-def match(net, update, digits, steps):
-    """Digits that change ``net`` by ``update`` if it is trained on them for so many steps."""
+def match(net, update, clients, digits, steps):
+    """Digits of all clients that change ``net`` by ``update`` if each client trains on its own."""
     start = {name: p.detach().double().requires_grad_() for name, p in net.named_parameters()}
-    draw = torch.Generator().manual_seed(0)
-    guess = torch.rand(digits, 1, 8, 8, generator=draw, dtype=torch.float64).requires_grad_()
-    label = torch.zeros(digits, 10, dtype=torch.float64).requires_grad_()
+    rows, draw = clients * digits, torch.Generator().manual_seed(0)
+    guess = torch.rand(rows, 1, 8, 8, generator=draw, dtype=torch.float64).requires_grad_()
+    label = torch.zeros(rows, 10, dtype=torch.float64).requires_grad_()
     options = {"tolerance_grad": 0, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
-    search = torch.optim.LBFGS([guess, label], max_iter=150, history_size=50, **options)
+    search = torch.optim.LBFGS([guess, label], max_iter=100, history_size=50, **options)
 
-    def distance():
+    def trained(images, scores):
         now = start
         for _ in range(steps):
-            loss = nn.functional.cross_entropy(functional_call(net, now, guess), label.softmax(1))
+            loss = nn.functional.cross_entropy(functional_call(net, now, images), scores.softmax(1))
             slopes = torch.autograd.grad(loss, tuple(now.values()), create_graph=True)
             now = {name: p - RATE * g for (name, p), g in zip(now.items(), slopes, strict=True)}
-        rows = zip(now.values(), start.values(), update, strict=True)
-        gap = sum((p - s - u).square().sum() for p, s, u in rows)
+        return now.values()
+
+    def distance():
+        parts = zip(guess.split(digits), label.split(digits), strict=True)
+        ends = zip(*(trained(*part) for part in parts), strict=True)
+        goals = [p + u for p, u in zip(start.values(), update, strict=True)]
+        means = (sum(end) / clients for end in ends)
+        gap = sum((mean - goal).square().sum() for mean, goal in zip(means, goals, strict=True))
         gap = gap / sum(u.square().sum() for u in update)
         guess.grad, label.grad = torch.autograd.grad(gap, (guess, label))
         return gap
@@ -111,7 +117,7 @@ with fp.Cluster() as cluster:
         true = x[: clients * digits]
         divided = divide(play(linear, clients, digits, epochs, protection)[0])
         change, record = play(cnn, clients, digits, epochs, protection)
-        found = {"linear": divided, "CNN": match(cnn, change, len(true), epochs)}
+        found = {"linear": divided, "CNN": match(cnn, change, clients, digits, epochs)}
         images, scores = {name: true[0]}, []
         for attack, images_found in found.items():
             error, closest = errors(images_found, true)
