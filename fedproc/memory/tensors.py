@@ -7,7 +7,6 @@ arena, which the receiver copies.
 """
 
 import ctypes
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,15 +15,11 @@ import torch
 from torch import nn
 
 from fedproc.errors import ClosedError
-from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Block
+from fedproc.memory.copying import copy_bytes
 
 INLINE_BYTES = 16 * 1024
 """Below this a storage travels in the message: cheaper than a block and its release."""
-
-SIDE_BY_SIDE_BYTES = 4 << 20
-"""From here on a copy is worth threads, and new memory large pages."""
-COPIERS = min(4, pages.usable_cores())
 
 Place = bytes | tuple[int, int]
 """Where the bytes of a storage are: here, or at (offset, bytes) of the sender's arena."""
@@ -273,36 +268,7 @@ def read_place(place: Place, view: Callable[[Block], Any], target: torch.Tensor)
     if isinstance(place, bytes):
         ctypes.memmove(target.data_ptr(), place, len(place))
     else:
-        _copy(target, torch.from_numpy(view(Block(*place))))
-    return target
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes, in pieces side by side when they are many and torch itself has one thread.
-
-    One thread gets about half of a machine's bandwidth. The helping threads end here: a worker may
-    be forked by its user, and a pool would not survive that.
-    """
-    if len(source) < SIDE_BY_SIDE_BYTES or torch.get_num_threads() > 1:
-        target.copy_(source)
-        return
-    pieces = list(zip(target.chunk(COPIERS), source.chunk(COPIERS), strict=True))
-    threads = [threading.Thread(target=torch.Tensor.copy_, args=piece) for piece in pieces[1:]]
-    for thread in threads:
-        thread.start()
-    pieces[0][0].copy_(pieces[0][1])
-    for thread in threads:
-        thread.join()
-
-
-def fresh(nbytes: int) -> torch.Tensor:
-    """New private memory (uint8, 1-d, uninitialised), in large pages where the system has them.
-
-    The kernel clears new memory page by page, which costs far more than the copy into it.
-    """
-    target = torch.empty(nbytes, dtype=torch.uint8)
-    if nbytes >= SIDE_BY_SIDE_BYTES:
-        pages.prefer_large(target.data_ptr(), nbytes)
+        copy_bytes(target, torch.from_numpy(view(Block(*place))))
     return target
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedproc.memory.arena import Block
-from fedproc.memory.tensors import Place, Table, fresh, place_bytes, read_place, rebuild
+from fedproc.memory.copying import fresh
+from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
 from fedproc.remote.link import Link

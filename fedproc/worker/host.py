@@ -15,13 +15,13 @@ from torch import nn
 
 from fedproc.errors import NotShippableError, ObjectGoneError
 from fedproc.memory.arena import Arena, Mapped
+from fedproc.memory.copying import fresh
 from fedproc.memory.tensors import (
     INLINE_BYTES,
     Exporter,
     Packer,
     Place,
     Table,
-    fresh,
     place_bytes,
     read_place,
     rebuild,

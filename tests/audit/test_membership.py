@@ -13,6 +13,15 @@ from torch import nn
 
 import fedproc as fp
 from fedproc.audit import area
+from fedproc.client.seeding import torch_threads
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: on a busy machine torch's threads wait for each other for seconds a step."""
+    with torch_threads(1):
+        yield
+
 
 SMALL = st.lists(st.integers(0, 6), min_size=2, max_size=12)
 

@@ -16,8 +16,6 @@ REVIEWED: dict[str, int] = {
     # the signatures of the two public constructors are long, what they do is not
     "fedproc/cluster/cluster.py::Cluster.__init__": 46,
     "fedproc/federated/aggregator.py::Aggregator.__init__": 43,
-    # placing, packing and rebuilding of tensors are one table's two sides
-    "fedproc/memory/tensors.py": 305,
     # one page too long: what a link does is told in one place, with its picture on top
     "fedproc/remote/link.py": 360,
     "fedproc/cluster/cluster.py": 310,
