@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedproc.client.ranges import require_at_least, require_positive
+from fedproc.client.stepping import step_of, zero_grad_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,8 +135,9 @@ def run_local_epochs(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = local.optimizer(parameters)
     progress = Progress(optimizer=optimizer)
+    step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
     for x, y in _batches(rows, local, generator):
-        optimizer.zero_grad()
+        zero_grad()
         loss = local.loss(model(x), y)
         value = _loss_value(loss, progress.steps)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -143,7 +145,7 @@ def run_local_epochs(
             nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
         if correct is not None:
             correct()
-        optimizer.step()
+        step()
         progress.steps += 1
         progress.rows += len(x)
         progress.loss_sum += value * len(x)

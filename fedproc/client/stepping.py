@@ -1,0 +1,84 @@
+"""One step of an optimizer, without what torch wraps around it for profilers and compilers.
+
+Runs in worker processes. A small model spends as much time in those wrappers as in the step: an
+annotation for the profiler and two marks for the compiler, each time. Here the same function of the
+same optimizer runs without them, so the bits are the same. Whatever somebody could notice (hooks,
+a step that a scheduler or a subclass replaced) goes the ordinary way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Step = Callable[[], Any]
+
+_ZERO_GRAD: Final = Optimizer.zero_grad
+
+
+def step_of(optimizer: Optimizer) -> Step:
+    """Returns what takes a step: the optimizer's own ``step``, or what torch wraps in it."""
+    raw = _unwrapped(type(optimizer).step)
+    if raw is None or _is_watched(optimizer):
+        return optimizer.step
+
+    def step() -> None:
+        if _is_watched(optimizer):  # a hook that was added since, by a loss or by a module
+            optimizer.step()
+            return
+        with torch.no_grad():
+            raw(optimizer)
+
+    return step
+
+
+def zero_grad_of(optimizer: Optimizer) -> Step:
+    """Returns what forgets the gradients of an optimizer's parameters."""
+    if type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in vars(optimizer):
+        return optimizer.zero_grad
+
+    def zero_grad() -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                _forget(parameter)
+
+    return zero_grad
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@functools.lru_cache(maxsize=64)
+def _unwrapped(step: Callable[..., Any]) -> Callable[[Optimizer], Any] | None:
+    """Returns the step as it was written in torch; None if it, or a wrapper, is not torch's."""
+    while (inner := getattr(step, "__wrapped__", None)) is not None:
+        if _home(step) != "torch.optim.optimizer":
+            return None
+        step = inner
+    return step if _home(step).startswith("torch.optim.") else None
+
+
+def _home(function: Callable[..., Any]) -> str:
+    """Returns the module whose code it is; ``__module__`` is copied by wrappers, this is not."""
+    return str(getattr(function, "__globals__", {}).get("__name__"))
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    return bool(
+        "step" in vars(optimizer)
+        or optimizer.defaults.get("differentiable")
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or optimizers._global_optimizer_pre_hooks
+        or optimizers._global_optimizer_post_hooks
+        or torch._C._autograd._profiler_enabled()
+    )
