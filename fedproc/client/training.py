@@ -139,7 +139,7 @@ def run_local_epochs(
     for x, y in _batches(rows, local, generator):
         zero_grad()
         loss = local.loss(model(x), y)
-        value = _loss_value(loss, progress.steps)
+        progress.loss_sum += _loss_value(loss, progress.steps) * len(x)
         loss.backward()  # type: ignore[no-untyped-call]
         if local.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
@@ -148,7 +148,6 @@ def run_local_epochs(
         step()
         progress.steps += 1
         progress.rows += len(x)
-        progress.loss_sum += value * len(x)
     return progress
 
 
