@@ -8,7 +8,7 @@ the number of workers and the order of arrival, because the order of adding is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from fedproc.client.layout import Layout, Section
 
+# Elements that are folded at a time: the product (512 KiB) stays in the cache until it is added.
+_CHUNK: Final = 65536
+
 
 class WeightedMean:
     """A running weighted mean over float vectors of one length."""
@@ -26,7 +29,7 @@ class WeightedMean:
     def __init__(self, numel: int) -> None:
         """Starts with nothing added."""
         self._sum = torch.zeros(numel, dtype=torch.float64)
-        self._term = torch.empty(numel, dtype=torch.float64)
+        self._term = torch.empty(min(numel, _CHUNK), dtype=torch.float64)
         self._weight = 0.0
 
     def add(self, pieces: Sequence[Tensor], weight: float) -> None:
@@ -35,9 +38,11 @@ class WeightedMean:
         # gives other bits where the product is not exact in float64.
         place = 0
         for piece in pieces:
-            self._term[place : place + len(piece)] = piece
-            place += len(piece)
-        self._sum.add_(self._term.mul_(weight))
+            for part in piece.split(_CHUNK) if len(piece) > _CHUNK else (piece,):
+                count = len(part)
+                term = self._term[:count].copy_(part).mul_(weight)
+                self._sum[place : place + count].add_(term)
+                place += count
         self._weight += weight
 
     def result(self) -> Tensor:
@@ -99,6 +104,8 @@ class Fold:
             self._rows.append(torch.cat(pieces))
         if self._buffers:
             self._buffer_mean.add([section.view(block) for section in self._buffers], weight)
+        if not self._integers:
+            return
         integers = [section.view(block) for section in self._integers]
         if not self._largest:
             self._largest = [values.clone() for values in integers]

@@ -117,3 +117,14 @@ def test_mixed_dtypes_fold_each_in_its_own():
     assert mean[0].weight.item() == single.float().item()
     assert mean[1].weight.item() == (0.1 + 0.2) / 2
     assert [layer.weight.dtype for layer in mean] == [torch.float32, torch.float64]
+
+
+def test_a_vector_longer_than_what_is_folded_at_a_time_has_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    sizes, weights = (200_001, 70_000, 3), (3.0, 0.1, 7.0)
+    mean, total = WeightedMean(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.float64)
+    for weight in weights:
+        pieces = [torch.randn(size, generator=generator) for size in sizes]
+        mean.add(pieces, weight)
+        total += torch.cat(pieces).double() * weight
+    assert torch.equal(mean.result(), total / (3.0 + 0.1 + 7.0))
