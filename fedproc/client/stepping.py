@@ -9,6 +9,7 @@ a step that a scheduler or a subclass replaced) goes the ordinary way.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,11 +18,14 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optimizers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
 Step = Callable[[], Any]
 
 _ZERO_GRAD: Final = Optimizer.zero_grad
+_SGD_STEP: Final = inspect.unwrap(torch.optim.SGD.step)
 
 
 def step_of(optimizer: Optimizer) -> Step:
@@ -29,15 +33,34 @@ def step_of(optimizer: Optimizer) -> Step:
     raw = _unwrapped(type(optimizer).step)
     if raw is None or _is_watched(optimizer):
         return optimizer.step
+    plain = raw is _SGD_STEP and type(optimizer) is torch.optim.SGD
 
     def step() -> None:
         if _is_watched(optimizer):  # a hook that was added since, by a loss or by a module
             optimizer.step()
             return
         with torch.no_grad():
-            raw(optimizer)
+            if plain and all(map(_is_plain, optimizer.param_groups)):
+                _descend(optimizer.param_groups)
+            else:
+                raw(optimizer)
 
     return step
+
+
+def _is_plain(group: Mapping[str, Any]) -> bool:
+    """Whether a step of SGD does nothing but subtract ``lr`` times the gradient."""
+    extras = group["momentum"] or group["weight_decay"] or group["maximize"]
+    return not (extras or group["foreach"] or group["fused"]) and type(group["lr"]) is float
+
+
+def _descend(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Takes the step of plain SGD: the very operation that torch's own does in the end."""
+    for group in groups:
+        alpha = -group["lr"]
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=alpha)
 
 
 def zero_grad_of(optimizer: Optimizer) -> Step:

@@ -14,6 +14,14 @@ Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 FACTORIES: dict[str, Factory] = {
     "SGD": functools.partial(torch.optim.SGD, lr=0.1),
+    "rates": lambda parameters: torch.optim.SGD(
+        [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.3}], lr=0.1
+    ),
+    "decay": functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.1),
+    "ascent": functools.partial(torch.optim.SGD, lr=0.1, maximize=True),
+    "foreach": functools.partial(torch.optim.SGD, lr=0.1, foreach=True),
+    "fused": functools.partial(torch.optim.SGD, lr=0.1, fused=True),
+    "rate": functools.partial(torch.optim.SGD, lr=torch.tensor(0.1)),
     "momentum": functools.partial(
         torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01
     ),
@@ -48,6 +56,22 @@ def test_the_bits_are_those_of_the_ordinary_step(name: str) -> None:
     ours, theirs = (trained(FACTORIES[name], quick=quick) for quick in (True, False))
 
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_group_that_changes_between_steps_counts_from_the_next_step() -> None:
+    found = []
+    for quick in (True, False):
+        model, x, y = sample()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = step_of(optimizer) if quick else optimizer.step
+        for momentum in (0.0, 0.9, 0.9):
+            optimizer.param_groups[0].update(momentum=momentum, lr=0.1 + momentum)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            step()
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+
+    assert torch.equal(*found)
 
 
 def test_a_hook_is_called_also_if_it_is_added_after_the_first_step() -> None:
