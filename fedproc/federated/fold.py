@@ -38,7 +38,7 @@ class WeightedMean:
         # gives other bits where the product is not exact in float64.
         place = 0
         for piece in pieces:
-            for part in piece.split(_CHUNK) if len(piece) > _CHUNK else (piece,):
+            for part in torch.split(piece, _CHUNK) if len(piece) > _CHUNK else (piece,):
                 count = len(part)
                 term = self._term[:count].copy_(part).mul_(weight)
                 self._sum[place : place + count].add_(term)
