@@ -124,11 +124,7 @@ class Trainer:
     ) -> Updates:
         """Trains several clients of a round, see :meth:`train`; a failure is told when asked for.
 
-        Args:
-            block: The global model.
-            packed: Their tasks, see :func:`fedproc.client.update.pack_tasks`.
-            states: Client -> what it kept.
-            shared: What the strategy sent.
+        ``packed``: their tasks, see ``pack_tasks``; ``states``: client -> what it kept.
         """
         tasks = self._entered(packed)
         layout = self._resident.layout

@@ -125,9 +125,8 @@ def hold(worker: Worker, sources: Mapping[str, Source], *, private: bool) -> lis
             born[client] = worker.run(born_rows, source.make, private=private)
     blocks = _send_blocks(worker, groups.values(), private=private)
     for client, pair in born.items():
-        rows = worker.run(_length, pair)
         x, y = (worker.run(operator.getitem, pair, side) for side in (0, 1))
-        blocks.append(Block(x, y, {client: (0, int(rows.get()))}))
+        blocks.append(Block(x, y, {client: (0, len(y))}))
     return blocks
 
 
@@ -178,10 +177,6 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 def born_rows(make: Factory) -> tuple[Tensor, Tensor]:
     """Runs a factory; runs in the worker."""
     return as_rows(make())
-
-
-def _length(pair: tuple[Tensor, Tensor]) -> int:
-    return len(pair[0])
 
 
 def deal(

@@ -62,7 +62,7 @@ TYPES = frozenset("bool bytes dict float int list str tuple object".split())
 CONSTANTS = (torch.dtype, torch.layout, torch.memory_format, type(Ellipsis), type(NotImplemented))
 OWN = {
     "fedproc.federated.summary": frozenset({"_Counter"}),
-    "fedproc.federated.holding": frozenset({"_length", "born_rows"}),
+    "fedproc.federated.holding": frozenset({"born_rows"}),
     "fedproc.memory.tensors": frozenset({"SparseGrad", "TensorSpec"}),
 }
 _LOOKING = ("attribute", "call", "copy", "has_gradient", "kind_of", "method", "parameter_names",

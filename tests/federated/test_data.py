@@ -97,6 +97,15 @@ def test_factories_run_in_the_worker(cluster):
     assert rows_of(data, "a")[1].tolist() == [0, 1, 2]
 
 
+def test_private_rows_of_factories_are_counted_and_stay(cluster):
+    makers = {"a": factory(1.0), "b": factory(2.0)}
+    data = FederatedDataset.from_factories(makers, cluster, private=True)
+    assert data.sizes == FederatedDataset.from_factories(makers, cluster).sizes
+    for client in data.clients:
+        with pytest.raises(NotPermittedError):
+            data[client][0].fetch()
+
+
 def test_a_factory_of_unlike_lengths_is_refused(cluster):
     with pytest.raises(RemoteError, match="one row each"):
         FederatedDataset.from_factories({"a": lambda: (np.ones(3), np.ones(2))}, cluster)
