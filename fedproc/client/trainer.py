@@ -146,8 +146,7 @@ class Trainer:
     ) -> Updates:
         """Trains several clients at once; arguments and failures as of :meth:`train_some`.
 
-        The clients draw nothing but the order of their rows. One for which torch raises is trained
-        again by itself, so that it fails as it would fail there.
+        Clients draw only the order of their rows. One for which torch raises trains again, alone.
 
         Raises:
             NotVectorizableError: They cannot be trained at once.
