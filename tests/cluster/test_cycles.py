@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 import fedproc as fp
@@ -22,6 +23,7 @@ def _cycle(transport: str) -> None:
         assert (p + 1).move(alice).sum().item() == 40_000.0
 
 
+@pytest.mark.timeout(180)
 def test_two_hundred_cycles_leave_nothing():
     _cycle("process")
     gc.collect()

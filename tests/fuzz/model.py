@@ -121,9 +121,11 @@ class Model:
         self.handles = [handle for handle in self.handles if handle in seen]
 
     def take(self, handle: Handle) -> None:
-        """An object went home: all its ids are gone in the worker, one the parent knows of."""
+        """An object went home: all its ids are gone, and the parent is told of those."""
         for other in self.handles:
-            other.dead |= other.thing is handle.thing
+            if other.thing is handle.thing:
+                other.gone |= not other.dead
+                other.dead = True
         handle.gone = True
 
     def move(self, handle: Handle, site: Place) -> None:
