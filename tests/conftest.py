@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ import pytest
 
 import fedproc
 from fedproc.transport.process import zygote_pid
+from tests.interrupts import Interrupts
 
 DEADLINE_S = 2.0
 POLL_S = 0.01
@@ -40,6 +42,19 @@ hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 Holding = tuple[str, Hashable]
 passed = pytest.StashKey[bool]()
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C at a chosen moment."""
+    made = Interrupts()
+    old = signal.signal(signal.SIGALRM, made.handle)
+    yield made
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
 
 
 # ---------------------------------------------------------------- the cluster

@@ -46,7 +46,6 @@ class Outgoing:
         self.what = what
         self.link = link
         self._operation = operation
-        self._target = link
         self._pointers: list[Pointer] = []
         self._packer = Packer()
 

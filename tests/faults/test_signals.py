@@ -21,39 +21,6 @@ SIZES = [12, 9, 6, 15]
 LOCAL = fp.LocalTraining(cross_entropy, sgd)
 
 
-class Ctrl:
-    """Ctrl-C, real: SIGALRM is handled as SIGINT is, by KeyboardInterrupt in the main thread."""
-
-    def __init__(self):
-        self._armed = False
-
-    def handle(self, _signal, _frame):
-        if self._armed:
-            raise KeyboardInterrupt
-
-    def c(self, moment, work, again=0.0):
-        """Works; interrupted after ``moment`` seconds, and every ``again``: whether it was."""
-        try:
-            self._armed = True
-            signal.setitimer(signal.ITIMER_REAL, moment, again)
-            work()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            self._armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        return False
-
-
-@pytest.fixture
-def ctrl():
-    made = Ctrl()
-    old = signal.signal(signal.SIGALRM, made.handle)
-    yield made
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
-
-
 def models(rounds):
     """The bits of the model after each whole round, undisturbed."""
     with fp.Cluster(1, transport="inline") as cluster:
@@ -66,7 +33,7 @@ def models(rounds):
     return found
 
 
-def test_case_22_the_model_is_that_of_the_last_whole_round(transport, ctrl):
+def test_case_22_the_model_is_that_of_the_last_whole_round(transport, interrupts):
     wanted = models(12)
     moments = random.Random(transport)
     interrupted = 0
@@ -75,7 +42,9 @@ def test_case_22_the_model_is_that_of_the_last_whole_round(transport, ctrl):
         aggregator = fp.Aggregator(dropout_net(), data, LOCAL)
         while (done := len(aggregator.history)) < 12:
             assert bits(aggregator.model) == wanted[done]
-            interrupted += ctrl.c(moments.uniform(0.0005, 0.02), lambda: aggregator.run(1))
+            interrupted += interrupts.interrupt(
+                moments.uniform(0.0005, 0.02), lambda: aggregator.run(1)
+            )
             if len(aggregator.history) == done:  # nor may it depend on luck to get ahead
                 assert bits(aggregator.model) == wanted[done]
                 aggregator.run(1)
@@ -84,18 +53,18 @@ def test_case_22_the_model_is_that_of_the_last_whole_round(transport, ctrl):
     assert interrupted >= 3
 
 
-def test_case_22_close_can_be_interrupted_and_repeated(ctrl):
+def test_case_22_close_can_be_interrupted_and_repeated(interrupts):
     moments = random.Random(22)
     for _ in range(15):
         cluster = fp.Cluster(["alice", "bob"])
         cluster["bob"].run(signal.pause)
-        ctrl.c(moments.uniform(0.0001, 0.01), cluster.close)
+        interrupts.interrupt(moments.uniform(0.0001, 0.01), cluster.close)
         cluster.close()
         assert cluster.closed
         assert not any(worker.alive for worker in cluster._workers.values())
 
 
-def test_case_23_two_interrupts_while_it_closes(ctrl):
+def test_case_23_two_interrupts_while_it_closes(interrupts):
     moments = random.Random(23)
     for _ in range(10):
         cluster = fp.Cluster(["alice", "bob"])
@@ -106,7 +75,7 @@ def test_case_23_two_interrupts_while_it_closes(ctrl):
                 cluster.close()
             cluster.close()
 
-        ctrl.c(moments.uniform(0.0001, 0.01), stubbornly, again=0.003)
+        interrupts.interrupt(moments.uniform(0.0001, 0.01), stubbornly, again=0.003)
         cluster.close()
         assert cluster.closed
 

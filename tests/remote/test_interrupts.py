@@ -1,7 +1,6 @@
 """Ctrl-C at any point: the next command works, nothing is out of step, nothing waits for ever."""
 
 import random
-import signal
 import time
 
 import pytest
@@ -13,39 +12,6 @@ pytestmark = pytest.mark.filterwarnings(
     # an interrupt inside a finalizer is swallowed by the interpreter, and shown
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-
-
-class Interrupts:
-    """SIGALRM raises KeyboardInterrupt, as Ctrl-C does, while armed."""
-
-    def __init__(self):
-        self.armed = False
-
-    def handle(self, _signal, _frame):
-        if self.armed:
-            raise KeyboardInterrupt
-
-    def interrupt(self, moment, work):
-        """Work until interrupted, after ``moment`` seconds or a little later."""
-        try:
-            self.armed = True
-            signal.setitimer(signal.ITIMER_REAL, moment, 0.02)
-            work()
-        except KeyboardInterrupt:
-            self.armed = False
-            return True
-        self.armed = False
-        return False
-
-
-@pytest.fixture
-def interrupts():
-    made = Interrupts()
-    old = signal.signal(signal.SIGALRM, made.handle)
-    yield made
-    made.armed = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
 
 
 def _for_ever(work, *args):
@@ -89,7 +55,7 @@ def test_the_next_command_works(work, interrupts):
         interrupted = 0
         while interrupted < 60 and time.monotonic() < end:
             interrupted += interrupts.interrupt(
-                moments.uniform(0.0002, 0.003), lambda: _for_ever(work, bob, x, count)
+                moments.uniform(0.0002, 0.003), lambda: _for_ever(work, bob, x, count), 0.02
             )
             cluster.wait(timeout=20)
             before = count.fetch(timeout=20).item()
@@ -103,7 +69,9 @@ def test_starting_can_be_interrupted(interrupts):
     for _ in range(25):
         made = []
         interrupts.interrupt(
-            moments.uniform(0.001, 0.03), lambda made=made: made.append(fp.Cluster(["a", "b"]))
+            moments.uniform(0.001, 0.03),
+            lambda made=made: made.append(fp.Cluster(["a", "b"])),
+            again=0.02,
         )
         for cluster in made:
             assert [worker.run(abs, -1).get() for worker in cluster] == [1, 1]
