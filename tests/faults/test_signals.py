@@ -42,9 +42,10 @@ def test_case_22_the_model_is_that_of_the_last_whole_round(transport, interrupts
         aggregator = fp.Aggregator(dropout_net(), data, LOCAL)
         while (done := len(aggregator.history)) < 12:
             assert bits(aggregator.model) == wanted[done]
-            interrupted += interrupts.interrupt(
-                moments.uniform(0.0005, 0.02), lambda: aggregator.run(1)
-            )
+            # a moment within a round, however long a round takes here
+            seconds = aggregator.history[-1].seconds if done else 0.01
+            moment = max(0.0005, moments.uniform(0, 1) * seconds)
+            interrupted += interrupts.interrupt(moment, lambda: aggregator.run(1))
             if len(aggregator.history) == done:  # nor may it depend on luck to get ahead
                 assert bits(aggregator.model) == wanted[done]
                 aggregator.run(1)
