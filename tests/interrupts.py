@@ -4,14 +4,14 @@ import signal
 
 
 class Interrupts:
-    """SIGALRM raises KeyboardInterrupt in the main thread, as Ctrl-C does, while armed."""
+    """A timer sends SIGINT, as Ctrl-C does, while armed."""
 
     def __init__(self):
         self.armed = False
 
     def handle(self, _signal, _frame):
         if self.armed:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def interrupt(self, moment, work, again=0.0):
         """Works; interrupted after ``moment`` seconds, and every ``again``: whether it was."""

@@ -86,11 +86,11 @@ class Cluster:
         self._supervisor = Supervisor(made, start_timeout, told, min_rows)
         try:
             started = self._supervisor.start(self._specs)
+            self._workers = dict(zip(names, started, strict=True))
+            _open.add(self)
         except BaseException:
             self._supervisor.close()
             raise
-        self._workers = dict(zip(names, started, strict=True))
-        _open.add(self)
 
     # ---- workers by name
 
@@ -239,7 +239,6 @@ class Cluster:
             if self not in _open or self._owner != os.getpid():
                 return
             self._closed = True
-            self._supervisor.end([worker.link for worker in self._workers.values()])
             self._supervisor.close()
             _open.discard(self)  # last: interrupted before, close() can be called again
 

@@ -1,5 +1,6 @@
 """Starting and ending workers. Runs in the parent."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -16,6 +17,7 @@ from fedproc.remote.worker import Worker
 from fedproc.transport.base import Transport, WorkerSpec, receive_descriptor
 from fedproc.transport.inline import InlineTransport
 from fedproc.transport.process import ProcessTransport
+from fedproc.transport.undisturbed import undisturbed
 from fedproc.wire import commands
 
 LOCKSTEP_SECONDS = 0.05
@@ -71,6 +73,7 @@ class Supervisor:
         self._transport = transport
         self._timeout = timeout
         self._numbers = itertools.count(1)
+        self._links: set[Link] = set()  # of all that were started and not ended
         self._sync = os.environ.get("FEDPROC_SYNC", "") not in ("", "0")
 
     def start(self, specs: Sequence[WorkerSpec]) -> list[Worker]:
@@ -82,9 +85,8 @@ class Supervisor:
         links: list[Link] = []
         try:
             for spec in specs:
-                connection = self._transport.start(spec, self.arena.fd, self.arena.size_bytes)
-                links.append(Link(spec.name, connection, self.hub, self.arena, self._numbers))
-                self.hub.add(links[-1])
+                with undisturbed():
+                    links.append(self._launch(spec))
             deadline = time.monotonic() + self._timeout
             for link in links:
                 self._greet(link, deadline)
@@ -93,6 +95,13 @@ class Supervisor:
             self.end(links)
             raise
         return [Worker(link, spec.device) for link, spec in zip(links, specs, strict=True)]
+
+    def _launch(self, spec: WorkerSpec) -> Link:
+        connection = self._transport.start(spec, self.arena.fd, self.arena.size_bytes)
+        link = Link(spec.name, connection, self.hub, self.arena, self._numbers)
+        self._links.add(link)
+        self.hub.add(link)
+        return link
 
     def _greet(self, link: Link, deadline: float) -> None:
         left = max(0.0, deadline - time.monotonic())
@@ -110,6 +119,13 @@ class Supervisor:
             size = int(inbox.open(0))  # of its arena
         except FedprocError as error:
             raise WorkerStartError(f"worker {link.name!r} could not start: {error}") from error
+        with undisturbed():
+            self._map(link, size)
+        link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
+
+    @staticmethod
+    def _map(link: Link, size: int) -> None:
+        """Map the arena of a worker, whose descriptor it has sent."""
         link.side.settimeout(STOP_SECONDS)
         try:
             fd = receive_descriptor(link.side)
@@ -122,7 +138,6 @@ class Supervisor:
                 f"worker {link.name!r}: {error}. Close files, or raise the limit (`ulimit -n`)."
             ) from error
         link.side.settimeout(None)
-        link.lockstep = None if self._sync else LOCKSTEP_SECONDS if self._transport.inline else 0.0
 
     def _restrict(self, link: Link) -> None:
         """Tell a worker all that it may run, before anybody else can tell it anything."""
@@ -137,9 +152,9 @@ class Supervisor:
             ) from error
         link.registered = self._functions.digests
 
-    @staticmethod
-    def forget(gone: Worker, workers: Iterable[Worker]) -> None:
-        """Let the others unmap the arena of a worker that is gone."""
+    def forget(self, gone: Worker, workers: Iterable[Worker]) -> None:
+        """Let go of a worker that is gone, and have the others unmap its arena."""
+        self.end([gone.link])
         name = gone.link.arena_name
         for worker in workers:
             if name in worker.link.attached and worker.link.end is None:
@@ -149,27 +164,33 @@ class Supervisor:
 
     def end(self, links: Sequence[Link]) -> None:
         """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""
-        for link in links:
-            link.closing = True
-        for link in links:
-            if link.end is None:
-                self.hub.look()
-            if link.end is None and not link.pending():
-                try:
-                    link.submit(plain(commands.Stop(), "stop"), Site.nowhere(), urgent=True)
-                except FedprocError:  # it died this moment
-                    continue
-            else:
-                link.process.kill()
-        for link in links:
-            if link.process.wait(STOP_SECONDS) is None:
-                link.process.kill()
-                link.process.wait(STOP_SECONDS)
-            link.close()
-            self.hub.remove(link)
+        with undisturbed():
+            for link in links:
+                link.closing = True
+            for link in links:
+                self._ask_to_stop(link)
+            deadline = time.monotonic() + STOP_SECONDS
+            for link in links:
+                if link.process.wait(max(0.0, deadline - time.monotonic())) is None:
+                    link.process.kill()
+                    link.process.wait(STOP_SECONDS)
+                link.close()
+                self.hub.remove(link)
+                self._links.discard(link)
+
+    def _ask_to_stop(self, link: Link) -> None:
+        if link.end is None:
+            self.hub.look()
+        if link.end is not None or link.pending():
+            link.process.kill()
+            return
+        with contextlib.suppress(FedprocError):  # it died this moment
+            link.submit(plain(commands.Stop(), "stop"), Site.nowhere(), urgent=True)
 
     def close(self) -> None:
-        """Let go of the rest."""
-        self.hub.close()
-        self.arena.close()
-        self._transport.close()
+        """End all workers and let go of the rest."""
+        with undisturbed():
+            self.end(list(self._links))
+            self.hub.close()
+            self.arena.close()
+            self._transport.close()

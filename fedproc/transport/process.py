@@ -132,6 +132,13 @@ def _runs(pid: int) -> bool:
     return not state.startswith(("Z", "X"))
 
 
+def _pair(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    here, there = socket.socketpair()
+    return ours.enter_context(here), theirs.enter_context(there)
+
+
 class ProcessTransport:
     """Starts workers as processes."""
 
@@ -145,36 +152,27 @@ class ProcessTransport:
             self._zygote = zygote_for(preload, timeout)
 
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
-        """Start a worker process."""
+        """Start a worker process. Not to be interrupted: see ``undisturbed``."""
         here = str(Path.cwd())
         path = [entry or here for entry in sys.path]
         around = (here, dict(os.environ), path, arena_size)
-        data_here, data_there = socket.socketpair()
-        side_here, side_there = socket.socketpair()
-        pipe: list[tuple[int, int]] = []
-        streams: list[int] = []
-        try:
-            # Ctrl-C may come anywhere: each call and the note of what it opened are one step.
-            pipe.extend(map(os.pipe2, (os.O_CLOEXEC,)))
-            streams.extend(map(os.dup, (1, 2)))
-            read, lifeline = pipe[0]
-            fds = [data_there.fileno(), side_there.fileno(), read, arena_fd]
-            process = self._start(spec, around, [*fds, *streams], lifeline)
-        except BaseException as error:
-            for _, write in pipe:
-                os.close(write)  # if the worker runs already, this ends it
-            data_here.close()
-            side_here.close()
-            if isinstance(error, OSError):
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            try:
+                data_here, data_there = _pair(ours, theirs)
+                side_here, side_there = _pair(ours, theirs)
+                read, lifeline = os.pipe2(os.O_CLOEXEC)
+                theirs.callback(os.close, read)
+                ours.callback(os.close, lifeline)  # if the worker runs already, this ends it
+                fds = [data_there.fileno(), side_there.fileno(), read, arena_fd]
+                for stream in (1, 2):
+                    fds.append(os.dup(stream))
+                    theirs.callback(os.close, fds[-1])
+                process = self._start(spec, around, fds, lifeline)
+            except OSError as error:
                 raise WorkerStartError(
                     f"worker {spec.name!r} could not be started: {error}"
                 ) from error
-            raise
-        finally:
-            data_there.close()
-            side_there.close()
-            for fd in (*(read for read, _ in pipe), *streams):
-                os.close(fd)
+            ours.pop_all()
         channel = open_channel(data_here, "parent", spec.name, inline=False)
         return Connection(channel, side_here, process)
 

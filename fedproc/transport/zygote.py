@@ -25,6 +25,7 @@ from typing import Any
 
 from fedproc.errors import WorkerStartError
 from fedproc.transport.base import WorkerSpec
+from fedproc.transport.undisturbed import undisturbed
 
 FORK_SECONDS = 30.0
 _LENGTH = struct.Struct("<I")
@@ -65,23 +66,37 @@ class Zygote:
         self.owner = os.getpid()
         self._lock = threading.RLock()
         self._exits: dict[int, int] = {}
-        self._control, there = socket.socketpair()
-        lifeline, self._lifeline = os.pipe2(os.O_CLOEXEC)
-        with there:
-            fds = (there.fileno(), lifeline)
-            self._process = execute(("fedproc.worker.zygote", "main"), (*fds, preload), fds)
-        os.close(lifeline)
         self._ready: tuple[Any, ...] | None = None
         self._started: dict[int, int] = {}
         self._requests = itertools.count(1)
         self._input: tuple[bytes, list[bytes]] = (b"", [])
-        _open_zygotes.add(self)
         try:
+            with undisturbed():
+                self._launch(preload)
             self._pump_until(lambda: self._ready is not None, time.monotonic() + timeout)
             self._check_ready(preload, timeout)
         except BaseException:
-            self.close()
+            if self in _open_zygotes:
+                self.close()
             raise
+
+    def _launch(self, preload: tuple[str, ...]) -> None:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            try:
+                here, there = socket.socketpair()
+                self._control = ours.enter_context(here)
+                theirs.enter_context(there)
+                lifeline, self._lifeline = os.pipe2(os.O_CLOEXEC)
+                theirs.callback(os.close, lifeline)
+                ours.callback(os.close, self._lifeline)
+                fds = (there.fileno(), lifeline)
+                self._process = execute(("fedproc.worker.zygote", "main"), (*fds, preload), fds)
+            except OSError as error:
+                raise WorkerStartError(
+                    f"the interpreter that workers are forked from could not be started: {error}"
+                ) from error
+            ours.pop_all()
+        _open_zygotes.add(self)
 
     def _check_ready(self, preload: tuple[str, ...], timeout: float) -> None:
         ready = self._ready
