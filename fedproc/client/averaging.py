@@ -17,13 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fedproc.client.weighing import add_weighted, exact_product
+from fedproc.memory.copying import fresh, side_by_side
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Sums are formed in pieces that stay in the cache, so a mean needs two float64 buffers of this
-# many elements, however large the parameter is. It is what torch leaves to one thread: waking
-# others for each piece was up to 50 times slower where all cores are busy, as with local workers.
-_PIECE: Final = 1 << 15
+# many elements for each thread, however large the parameter is. Threads that share the pieces take
+# what torch leaves to one thread: it would wake its own for each operation on a larger one, which
+# was up to 50 times slower where all cores are busy.
+_PIECE: Final = 1 << 17
+_SHARED_PIECE: Final = 1 << 15
 _UNCOMPARABLE: Final = (torch.uint16, torch.uint32)
 
 
@@ -85,7 +90,7 @@ def _checked_weights(count: int, weights: Sequence[float] | None) -> list[float]
     return factors
 
 
-def _sum(numbers: list[float]) -> float:
+def _sum(numbers: Sequence[float]) -> float:
     """One after the other; what ``sum`` does with floats depends on the version of Python."""
     return functools.reduce(operator.add, numbers)
 
@@ -141,14 +146,13 @@ def _ties(named: dict[str, Tensor]) -> dict[str, str]:
 
 def _combine(first: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
     """One tensor out of those of all models, in the layout and on the device of ``first``."""
-    result = torch.empty_like(first, requires_grad=False)
-    if first.is_floating_point() or first.is_complex():
-        flat = _mean([(_real(value).reshape(-1), factor) for value, factor in values], first.device)
-        real = _real(result)
-        real.copy_(flat.view(real.shape))
-    else:
-        result.copy_(_largest([value.to(first.device) for value, _ in values]))
-    return result
+    if not (first.is_floating_point() or first.is_complex()):
+        largest = _largest([value.to(first.device) for value, _ in values])
+        return torch.empty_like(first).copy_(largest)
+    flat = _mean([(_real(value).reshape(-1), factor) for value, factor in values], first.device)
+    real = flat.view(_real(first).shape)
+    mean = torch.view_as_complex(real) if first.is_complex() else real
+    return mean if first.is_contiguous() else torch.empty_like(first).copy_(mean)
 
 
 def _like(first: Tensor, value: Tensor) -> Tensor:
@@ -180,22 +184,40 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _mean(values: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
-    """The mean of flat tensors, each multiplied and added by itself: no fused multiply-add.
-
-    Fused, an element would be rounded differently depending on its place in the tensor.
-    """
-    whole = _sum([factor for _, factor in values])
+    """The mean of flat tensors, in pieces that as many threads share as torch has."""
     flat = values[0][0]
-    mean = torch.empty_like(flat, device=device)
-    for start in range(0, flat.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
-        total: Tensor | None = None
-        for value, factor in values:
-            term = value[piece].to(device, torch.float64, copy=True).mul_(factor)
-            total = term if total is None else total.add_(term)
-        if total is not None:
-            mean[piece] = total.div_(whole)
+    if device.type == "cpu":
+        threads, mean = torch.get_num_threads(), fresh(flat.nbytes).view(flat.dtype)
+    else:
+        threads, mean = 1, torch.empty_like(flat, device=device)
+    size = _SHARED_PIECE if threads > 1 else _PIECE
+    pieces = [torch.split(value, size) for value, _ in values]
+    weights = [weight for _, weight in values]
+    parts = torch.split(mean, size)
+    places = range(len(parts))
+    shares = [places[thread::threads] for thread in range(min(threads, len(places)))]
+    side_by_side(_fill, [(parts, pieces, weights, share) for share in shares])
     return mean
+
+
+def _fill(
+    mean: Sequence[Tensor],
+    values: Sequence[Sequence[Tensor]],
+    weights: Sequence[float],
+    places: Sequence[int],
+) -> None:
+    """The pieces of the mean at these places."""
+    total = torch.empty(len(mean[places[0]]), dtype=torch.float64, device=mean[0].device)
+    room = torch.empty_like(total)
+    whole = _sum(weights)
+    exact = [exact_product(weight, mean[0].dtype) for weight in weights]
+    for place in places:
+        if len(mean[place]) < len(total):
+            total, room = total[: len(mean[place])], room[: len(mean[place])]
+        total.fill_(-0.0)  # which leaves the first product its sign
+        for pieces, weight, is_exact in zip(values, weights, exact, strict=True):
+            add_weighted(total, pieces[place], weight, room, exact=is_exact)
+        mean[place].copy_(total.div_(whole))
 
 
 def _largest(values: list[Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from fedproc.client.weighing import add_weighted, exact_product
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -34,14 +36,13 @@ class WeightedMean:
 
     def add(self, pieces: Sequence[Tensor], weight: float) -> None:
         """Adds ``weight`` times the concatenation of ``pieces``."""
-        # Product and sum are rounded one after the other. add(alpha=weight) would fuse them, which
-        # gives other bits where the product is not exact in float64.
         place = 0
         for piece in pieces:
+            exact = exact_product(weight, piece.dtype)
             for part in torch.split(piece, _CHUNK) if len(piece) > _CHUNK else (piece,):
                 count = len(part)
-                term = self._term[:count].copy_(part).mul_(weight)
-                self._sum[place : place + count].add_(term)
+                total, room = self._sum[place : place + count], self._term[:count]
+                add_weighted(total, part, weight, room, exact=exact)
                 place += count
         self._weight += weight
 
