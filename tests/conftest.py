@@ -52,9 +52,12 @@ def interrupts():
     """Ctrl-C at a chosen moment."""
     made = Interrupts()
     old = signal.signal(signal.SIGALRM, made.handle)
+    # what a shell starts in the background ignores Ctrl-C
+    old_of_ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield made
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, old)
+    signal.signal(signal.SIGINT, old_of_ctrl_c)
 
 
 # ---------------------------------------------------------------- the cluster
