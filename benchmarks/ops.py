@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
 import torch
@@ -123,14 +123,22 @@ def against(peer: Peer, runs: int, calls: int, many: int) -> list[Row]:
     with fp.Cluster(1, threads=1) as cluster:
         (worker,) = cluster
         four = worker.send(torch.ones(4))
+
+        def ours(measure: Callable[[], float]) -> Callable[[], float]:
+            def measured() -> float:
+                with peer.paused():
+                    return measure()
+
+            return measured
+
         taken = paired(
             runs,
             blocking=lambda: peer.ask("blocking", calls=calls),
-            our_blocking=lambda: per_call(calls, lambda: worker.run(abs, -7).get()),
+            our_blocking=ours(lambda: per_call(calls, lambda: worker.run(abs, -7).get())),
             pipelined=lambda: peer.ask("pipelined", calls=many),
-            our_pipelined=lambda: pipelined(cluster, worker, many),
+            our_pipelined=ours(lambda: pipelined(cluster, worker, many)),
             adds=lambda: peer.ask("adds", calls=many),
-            our_adds=lambda: chained_adds(four, many),
+            our_adds=ours(lambda: chained_adds(four, many)),
         )
     rows: list[Row] = []
     for what, name in (

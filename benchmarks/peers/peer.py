@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
+
 from benchmarks.measure import ROOT
 
 Measures = dict[str, Callable[..., Any]]
@@ -45,6 +47,19 @@ class Peer:
         if "failed" in told:
             raise RuntimeError(f"{self.name}: {told['failed']}")
         return told["value"]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It and its processes stand still: those of torch.distributed.rpc never sleep."""
+        parent = psutil.Process(self._process.pid)
+        family = [parent, *parent.children(recursive=True)]
+        for process in family:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in family:
+                process.resume()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
