@@ -17,9 +17,9 @@ from torch import nn
 from fedproc.errors import FedprocError, NotShippableError, PlacementError
 from fedproc.memory.tensors import Exporter, Packer
 from fedproc.remote.link import Link
-from fedproc.remote.message import Message
+from fedproc.remote.message import Message, call_message
 from fedproc.wire import commands, frames
-from fedproc.wire.code import travels_by_name
+from fedproc.wire.code import name_of_function
 from fedproc.wire.codec import Encoder
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def encode_call(
     flat = None if name is None else _flat(args, link)
     if flat is not None:
         body = pickle.dumps((name, flat[1], {}, modes, private, update, flat[2]), protocol=5)
-        return flat[0], Message(commands.Call, flags | frames.PLAIN, body, what, writes)
+        return flat[0], call_message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
     fields = (function, args, kwargs, modes, private, update, ())
     message = outgoing.encode(commands.Call, fields, flags, writes=writes)
@@ -203,9 +203,7 @@ def _name_of(function: Any) -> str | None:
     """The name that a function travels by, if it does."""
     if type(function) is str:
         return function
-    if type(function) in _FUNCTIONS and travels_by_name(function):
-        return f":{function.__module__}:{function.__qualname__}"
-    return None
+    return name_of_function(function) if type(function) in _FUNCTIONS else None
 
 
 def _flat(

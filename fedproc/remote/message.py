@@ -19,6 +19,14 @@ class Message(NamedTuple):
     definitions: dict[bytes, bytes] | None = None  # code it refers to, by digest
 
 
+def call_message(record: type[Any], flags: int, body: bytes, what: str, writes: bool) -> Message:
+    """A message that refers to nothing outside itself; past the constructor, which costs more."""
+    return _new(Message, (record, flags, body, what, writes, None, None))
+
+
+_new = tuple.__new__
+
+
 def plain(record: Any, what: str) -> Message:
     """A message that refers to nothing outside itself."""
     return Message(type(record), frames.PLAIN, pickle.dumps(tuple(record), protocol=5), what)

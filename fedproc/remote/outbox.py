@@ -257,10 +257,8 @@ class Outbox:
 
 
 def _current_task() -> "asyncio.Task[Any] | None":
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        return None
+    loop = asyncio._get_running_loop()  # in a thread without one, current_task raises: 5 us
+    return None if loop is None else asyncio.current_task(loop)
 
 
 def _reads(reference: "weakref.ref[Borrow]") -> bool:

@@ -95,7 +95,11 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
     try:
         _ask(borrow, handle, "borrow", folding=folding, lent=True)
         flags, body, _ = link.answer(borrow.query, "borrow")
-        yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
+        if flags & frames.PLAIN:  # one piece of memory
+            offset, nbytes, dtype, shape = body
+            yield _mapped(link, (offset, nbytes)).view(dtype).view(shape)
+        else:
+            yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
     finally:
         link.give_back(borrow)
 

@@ -27,6 +27,32 @@ def travels_by_name(thing: Any) -> bool:
     return found is thing and _importable(str(module_name))
 
 
+def name_of_function(function: Any) -> str | None:
+    """``":module:qualified.name"`` of a function that travels by name, None of any other.
+
+    Whether it still is what its module calls so is looked at each time; the rest is remembered.
+    """
+    kept = _kept_names.get(function)
+    if kept is not None:
+        module_name, name, told = kept
+        if getattr(sys.modules.get(module_name), name, None) is function:
+            return told
+    if not travels_by_name(function):
+        return None
+    module_name, name = function.__module__, function.__qualname__
+    told = f":{module_name}:{name}"
+    if "." not in name:
+        if len(_kept_names) >= _MOST_KEPT:
+            _kept_names.clear()
+        _kept_names[function] = (module_name, name, told)
+    return told
+
+
+_MOST_KEPT = 4096
+_kept_names: dict[Any, tuple[str, str, str]] = {}
+"""Functions of modules only: none that holds a user's tensors is kept alive."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _importable(module_name: str) -> bool:
     """Whether a new process with the same ``sys.path`` finds the module.

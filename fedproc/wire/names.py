@@ -22,11 +22,17 @@ def function_named(name: str) -> Callable[..., Any]:
     """
     if name[0] != ":":
         return resolve(name)
-    _, module, path = name.split(":")
+    module, path = _place(name)
     found: Any = sys.modules.get(module) or importlib.import_module(module)
-    for part in path.split("."):
+    for part in path:
         found = getattr(found, part)
     return found  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _place(name: str) -> tuple[str, list[str]]:
+    _, module, path = name.split(":")
+    return module, path.split(".")
 
 
 # Names are those of functions, so there are at most some thousands: no bound is needed. Failures

@@ -37,25 +37,30 @@ def refused(how: str, oid: int, worker: str) -> NotPermittedError:
 
 def any_private(entries: Sequence[Entry]) -> bool:
     """Whether one of them is private."""
-    return any(entry.domain.private for entry in entries)
+    for entry in entries:  # noqa: SIM110 - any() costs three times as much, in every command
+        if entry.domain.private:
+            return True
+    return False
 
 
 def result_domain(value: Any, used: Sequence[Entry], *, private: bool) -> Domain:
     """The domain of a new result of a command that used these entries."""
+    if not used:
+        return Domain(private)
     private = private or any_private(used)
-    if isinstance(value, torch.Tensor):
-        memory = _memory(value)
-        for entry in used:
-            if memory and isinstance(entry.value, torch.Tensor) and _memory(entry.value) == memory:
-                if private:
-                    entry.domain.taint()
-                return entry.domain
-    sources = tuple(entry.domain for entry in used if not isinstance(entry.value, (int, float)))
-    if isinstance(value, torch.Tensor):
-        # It may be, or share memory with, a tensor inside a module, list or optimizer used here;
-        # with the tensors used themselves it shares none.
-        sources = tuple(e.domain for e in used if not isinstance(e.value, torch.Tensor))
-    return Domain(private, sources)
+    if not isinstance(value, torch.Tensor):
+        sources = [entry.domain for entry in used if not isinstance(entry.value, (int, float))]
+        return Domain(private, tuple(sources))
+    memory, sources = _memory(value), []
+    for entry in used:
+        if not isinstance(entry.value, torch.Tensor):
+            # It may be, or share memory with, a tensor inside this module, list or optimizer.
+            sources.append(entry.domain)
+        elif memory and _memory(entry.value) == memory:
+            if private:
+                entry.domain.taint()
+            return entry.domain
+    return Domain(private, tuple(sources))
 
 
 def _memory(tensor: torch.Tensor) -> int:

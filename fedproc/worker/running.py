@@ -66,6 +66,7 @@ def run(
     pure = _pure(name) and "out" not in kwargs
     if pure and modes is None:
         return target(*args, **kwargs)
+    pure = pure or not (host.used or "out" in kwargs)  # no tensor of ours is at hand
     with contextlib.nullcontext() if pure else reshaping(host, name, kwargs):
         if modes is not None:
             with applied(modes):

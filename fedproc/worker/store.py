@@ -101,7 +101,7 @@ class ObjectStore:
 
     def add(self, oid: int, value: Any, domain: Domain, **labels: Any) -> Entry:
         """Keep ``value`` under ``oid``; an object that is here already gets a further id."""
-        atom = isinstance(value, _ATOMS)
+        atom = type(value) is not torch.Tensor and isinstance(value, _ATOMS)
         known = None if atom else self._by_object.get(id(value))
         if known is not None:
             known.ids.append(oid)
