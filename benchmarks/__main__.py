@@ -1,7 +1,6 @@
 """Runs the benchmarks, each in a process of its own; writes JSON and prints all tables at the end.
 
-python -m benchmarks [--quick] [--out FILE] [start] [overlap] [ops] [tensors]
-                     [detection] [exact] [mcmahan] [clients] [privacy] [soak] [pointers]
+python -m benchmarks [--quick] [--out FILE] [NAME ...]
 """
 
 import argparse
@@ -18,8 +17,8 @@ import psutil
 from benchmarks.measure import ROOT, Row, machine, table
 
 NAMES = (
-    "start", "overlap", "ops", "tensors", "detection", "rounds", "exact", "mcmahan", "clients",
-    "privacy",
+    "start", "overlap", "ops", "tensors", "average", "detection", "rounds", "threads", "exact",
+    "mcmahan", "clients", "privacy",
 )  # fmt: skip
 LONG = ("soak", "pointers")  # minutes each: only when named
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fedproc as fp
-from benchmarks.measure import ROOT, Row, main, row, usable_cores
+from benchmarks.measure import ROOT, Row, main, row
+from fedproc.memory.pages import usable_cores
 
 MILLISECONDS = 1e3
 GIVE_UP_S = 30.0

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from fedproc.memory.pages import usable_cores
+
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,13 +99,6 @@ def machine() -> dict[str, object]:
         "fedproc": importlib.metadata.version("fedproc"),
         "commit": commit(),
     }
-
-
-def usable_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:

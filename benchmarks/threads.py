@@ -7,8 +7,9 @@ cores only take turns. The waiting ones sleep.
 from contextlib import ExitStack
 from functools import partial
 
-from benchmarks.measure import Row, main, paired, ratio, row, seconds_of, usable_cores
+from benchmarks.measure import Row, main, paired, ratio, row, seconds_of
 from benchmarks.workloads import Fedproc, Workload, workloads
+from fedproc.memory.pages import usable_cores
 
 MILLISECONDS = 1e3
 

@@ -177,12 +177,6 @@ class Layout:
         """Returns the trained parameters of ``block`` as one float64 vector (a copy)."""
         return torch.cat([part.view(block).double() for part in self.of_kind("trained")])
 
-    def split_trained(self, vector: Tensor) -> list[Tensor]:
-        """Views a vector over all trained parameters as tensors of their shapes."""
-        entries = [entry for part in self.of_kind("trained") for entry in part.entries]
-        pieces = torch.split(vector, [entry.numel for entry in entries])
-        return [piece.view(entry.shape) for piece, entry in zip(pieces, entries, strict=True)]
-
     def non_finite(self, slot: Slot) -> str | None:
         """Says where a floating value of ``slot`` is NaN or infinite, or returns None."""
         for section, values in zip(self.sections, slot, strict=True):

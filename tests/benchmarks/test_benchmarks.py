@@ -44,6 +44,8 @@ def both(*arguments: str) -> tuple[str, list[str]]:
         ("start", 7),
         ("overlap", 5),
         ("tensors", 11),
+        ("average", 5),
+        ("threads", 12),
         ("pointers", 9),
         ("soak", 18),
         ("detection", 6),
