@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 SCATTERED = "What is free lies in smaller pieces: free more, or raise memory_limit."
@@ -132,7 +131,7 @@ def prefer_large(address: int, nbytes: int) -> None:
 
 def address_of(mapping: mmap.mmap) -> int:
     """Where in this process's memory a mapping begins."""
-    return int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
 def machine_room_bytes() -> int:

@@ -97,7 +97,9 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
         flags, body, _ = link.answer(borrow.query, "borrow")
         if flags & frames.PLAIN:  # one piece of memory
             offset, nbytes, dtype, shape = body
-            yield _mapped(link, (offset, nbytes)).view(dtype).view(shape)
+            assert link.mapped is not None
+            memory = link.mapped.borrow(Block(offset, nbytes))
+            yield torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
             yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
     finally:
