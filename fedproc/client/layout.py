@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 from torch.nn.parameter import is_lazy
 
+from fedproc.memory.lending import lendable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -126,10 +128,15 @@ class Layout:
         """Allocates a block: uint8, shape (nbytes,), zeros."""
         return torch.zeros(self.nbytes, dtype=torch.uint8)
 
-    def new_blocks(self, count: int) -> Tensor:
-        """Allocates blocks as rows: uint8, shape (count, at least nbytes), every row aligned."""
+    def new_blocks(self, count: int, *, secret: bool = False) -> Tensor:
+        """Allocates blocks as rows: uint8, shape (count, at least nbytes), zeros, rows aligned.
+
+        In a worker they lie where the parent can read them, unless they are ``secret``.
+        """
         row = -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return torch.zeros(count, row, dtype=torch.uint8)
+        if secret:
+            return torch.zeros(count, row, dtype=torch.uint8)
+        return lendable(count * row).view(count, row)
 
     def tensors(self, model: nn.Module) -> list[list[Tensor]]:
         """Finds the tensors of every section in ``model``."""

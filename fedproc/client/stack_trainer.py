@@ -52,24 +52,24 @@ class StackTrainer:
         self._spans = spans
 
     def train(
-        self, block: Tensor, tasks: Sequence[Task], known: Known
-    ) -> tuple[Tensor, list[Update | None], dict[str, BaseException]]:
+        self, block: Tensor, blocks: Tensor, tasks: Sequence[Task], known: Known
+    ) -> tuple[list[Update | None], dict[str, BaseException]]:
         """Trains clients at once.
 
         Args:
             block: The global model, which the resident one holds.
+            blocks: Get what the clients end with, a row each: see :meth:`Layout.new_blocks`.
             tasks: The clients, each with at least one row.
             known: Client -> what it kept, and what the strategy sent.
 
         Returns:
-            Their blocks and updates, and client -> why it failed. A client with neither could not
+            Their updates, and client -> why it failed. A client with neither could not
             be trained at once: torch raises on its rows, which halves of the stack find out.
 
         Raises:
             NotVectorizableError: They cannot be trained at once.
         """
         began = time.perf_counter()
-        blocks = self._layout.new_blocks(len(tasks))
         blocks[:, : self._layout.nbytes] = block.cpu()
         stack = _Stack(self._stacks, tasks, [self._place_of(task.client) for task in tasks], known)
         results: list[Update | BaseException | None] = [None] * len(tasks)
@@ -86,7 +86,7 @@ class StackTrainer:
             for task, result in zip(tasks, results, strict=True)
             if isinstance(result, BaseException)
         }
-        return blocks, [r if isinstance(r, Update) else None for r in results], failures
+        return [r if isinstance(r, Update) else None for r in results], failures
 
     def _place_of(self, client: str) -> Place:
         span = self._spans[client]

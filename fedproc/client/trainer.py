@@ -107,10 +107,10 @@ class Trainer:
         try:
             self._footprint.step(task.place)
             layout = self._resident.layout
-            pieces, space = layout.pieces(block), layout.new_block()
+            pieces, space = layout.pieces(block), self._work.blocks(layout, [task])[0]
             with preserved_streams(self._device):
                 update = self._train(pieces, task, (state or {}, shared or {}), layout.slot(space))
-            update.block = space
+            update.block = space[: layout.nbytes]
             return update
         finally:
             self._footprint.step(IDLE)
@@ -126,9 +126,8 @@ class Trainer:
 
         ``packed``: their tasks, see ``pack_tasks``; ``states``: client -> what it kept.
         """
-        tasks = self._entered(packed)
-        layout = self._resident.layout
-        pieces, blocks = layout.pieces(block), layout.new_blocks(len(tasks))
+        tasks, layout = self._entered(packed), self._resident.layout
+        pieces, blocks = layout.pieces(block), self._work.blocks(layout, tasks)
         updates: list[Update | None] = []
         with preserved_streams(self._device):
             for task, slot in zip(tasks, layout.slots(blocks), strict=True):
@@ -159,7 +158,8 @@ class Trainer:
         with preserved_streams(self._device):
             with self._loaded(pieces, derive_seed("stack")) as model:
                 model.train()
-                blocks, updates, failures = self._stacks.train(block, tasks, known)
+                blocks = self._work.blocks(self._resident.layout, tasks)
+                updates, failures = self._stacks.train(block, blocks, tasks, known)
             self._failed.update(failures)
             slots = self._resident.layout.slots(blocks)
             for place, (task, update) in enumerate(zip(tasks, updates, strict=True)):

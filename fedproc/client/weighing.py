@@ -8,6 +8,7 @@ Weights are mostly numbers of rows, and values float32: of 29 and 24 digits the 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ _DIGITS: Final = 29
 _FAR: Final = 512  # a power of two that no product of a float32 takes out of float64's range
 
 
+@functools.lru_cache(maxsize=1024)
 def exact_product(weight: float, dtype: torch.dtype) -> bool:
     """Whether ``weight`` times any value of ``dtype`` needs no rounding in float64."""
     digits, exponent = math.frexp(weight)

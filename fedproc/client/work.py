@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from fedproc.client.layout import Layout
     from fedproc.client.rules import LocalRule
     from fedproc.client.training import LocalTraining, TrainFunction
+    from fedproc.client.update import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +43,12 @@ class Work:
     threads: int | None = 1
     device: str = "cpu"
     private_rows: int | None = None
+
+    def blocks(self, layout: Layout, tasks: Sequence[Task]) -> Tensor:
+        """Allocates a block for the update of each of some tasks of one round.
+
+        The parent may read them where they are, unless the update is of private data or is still
+        to be clipped.
+        """
+        secret = self.private_rows is not None or tasks[0].clip_norm is not None
+        return layout.new_blocks(len(tasks), secret=secret)

@@ -22,7 +22,7 @@ from fedproc.errors import (
 )
 from fedproc.federated.commanding import Broadcast, Commands
 from fedproc.federated.lane import Batch, Deadline, Lane, missed
-from fedproc.federated.passing import call_there, take
+from fedproc.federated.passing import call_there, see, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,6 +66,7 @@ class Collector:
         self._deadline = Deadline(deadline)
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
+        self._seen: dict[str, Batch] = {}  # of updates that are read where they are
         self._open = set(tasks)
         self._homes: dict[str, str] = {}
         self._lanes: dict[str, Lane] = {}
@@ -88,7 +89,10 @@ class Collector:
                 while client not in self._arrived:
                     self._advance(client)
                 yield task, self._arrived.pop(client)
+                self._read(client)
         finally:
+            for client in list(self._seen):
+                self._read(client)
             for lane in self._lanes.values():
                 lane.abandon()
 
@@ -163,7 +167,7 @@ class Collector:
         batch = lane.batches[0]
         batch.spent = True
         try:
-            result = take(batch.promise, timeout)
+            result = see(batch.promise, timeout)
         except (ClosedError, WorkerLostError):
             raise
         except FedprocError as error:
@@ -175,11 +179,22 @@ class Collector:
             for client in batch.clients:
                 self._settle(client, error)
         else:
+            self._note(batch)
             if isinstance(result, Updates):
                 self._unpack(lane, batch, result)
             else:
                 self._settle(batch.clients[0], result)
         lane.taken()
+
+    def _note(self, batch: Batch) -> None:
+        """Remembers whose updates lie in the worker's memory until they are read."""
+        batch.unread = len(batch.clients)
+        self._seen.update(dict.fromkeys(batch.clients, batch))
+
+    def _read(self, client: str) -> None:
+        batch = self._seen.pop(client, None)
+        if batch is not None:
+            batch.read()
 
     def _see_all(self) -> None:
         """Takes what is on its way: others refuse for the same reason, and it is told once."""

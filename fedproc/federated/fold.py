@@ -26,24 +26,29 @@ _CHUNK: Final = 65536
 
 
 class WeightedMean:
-    """A running weighted mean over float vectors of one length."""
+    """A running weighted mean over float vectors that come in pieces of the same lengths."""
 
     def __init__(self, numel: int) -> None:
         """Starts with nothing added."""
         self._sum = torch.zeros(numel, dtype=torch.float64)
-        self._term = torch.empty(min(numel, _CHUNK), dtype=torch.float64)
         self._weight = 0.0
+        self._is_long = numel > _CHUNK
+        # Where each part of a vector is added, and room for its product: small models spend more
+        # time on making such views than on the sums.
+        self._targets: list[tuple[Tensor, Tensor]] = []
 
     def add(self, pieces: Sequence[Tensor], weight: float) -> None:
         """Adds ``weight`` times the concatenation of ``pieces``."""
-        place = 0
-        for piece in pieces:
-            exact = exact_product(weight, piece.dtype)
-            for part in torch.split(piece, _CHUNK) if len(piece) > _CHUNK else (piece,):
-                count = len(part)
-                total, room = self._sum[place : place + count], self._term[:count]
-                add_weighted(total, part, weight, room, exact=exact)
-                place += count
+        parts = pieces
+        if self._is_long:
+            parts = [part for piece in pieces for part in torch.split(piece, _CHUNK)]
+        if not self._targets:
+            sizes = [part.numel() for part in parts]
+            room = torch.empty(max(sizes), dtype=torch.float64)
+            totals = torch.split(self._sum, sizes)
+            self._targets = [(total, room[: total.numel()]) for total in totals]
+        for part, (total, room) in zip(parts, self._targets, strict=True):
+            add_weighted(total, part, weight, room, exact=exact_product(weight, part.dtype))
         self._weight += weight
 
     def result(self) -> Tensor:

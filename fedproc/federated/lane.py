@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from fedproc.errors import CommandTimeoutError
-from fedproc.federated.passing import abandon
+from fedproc.federated.passing import abandon, give_back
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,18 +32,26 @@ class Batch:
         promise: What comes back: an update, or the updates of all.
         stacked: They train at once, so a loss hits all of them.
         spent: A wait for it ran out, so it cannot be taken any more.
+        unread: How many of its updates are still to be folded; the last one gives its memory back.
     """
 
     clients: Sequence[str]
     promise: Promise
     stacked: bool = False
     spent: bool = False
+    unread: int = 0
 
     def finished(self) -> bool:
         """Whether it can be taken without waiting."""
         # What was lost counts as done for those who wait: done() may be the one to notice it.
         promise = self.promise
         return not self.spent and promise.pointer.done() and promise.link.end is None
+
+    def read(self) -> None:
+        """One of its updates was folded, or is not needed."""
+        self.unread -= 1
+        if self.unread == 0:
+            give_back(self.promise)
 
     def abandon(self) -> None:
         """Gives it up."""

@@ -9,9 +9,11 @@ worker answers as soon as it has it, and the parent takes it when the fold gets 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedproc.client.update import Update, Updates
 from fedproc.errors import FedprocError
 from fedproc.remote import reading
 from fedproc.remote.calls import run_there
@@ -75,6 +77,23 @@ def take(promise: Promise, timeout: float | None = None) -> Any:
         CommandTimeoutError: It did not come within ``timeout`` seconds; it cannot be taken later.
     """
     return reading.finish(promise.link, promise.query, "train", timeout)
+
+
+def see(promise: Promise, timeout: float | None = None) -> Update | Updates:
+    """Waits for updates and shows them where they are: they may be read until ``give_back``.
+
+    Errors as of :func:`take`. What clients keep is copied: it outlives the round.
+    """
+    found = reading.seen(promise.link, promise.query, "train", timeout)
+    if isinstance(found, Updates):
+        return replace(found, states=copy.deepcopy(found.states)) if found.states else found
+    found.state = copy.deepcopy(found.state)
+    return found  # type: ignore[no-any-return]
+
+
+def give_back(promise: Promise) -> None:
+    """Lets the worker have the memory of updates that were seen."""
+    promise.link.give_back(promise.query)
 
 
 def take_all(promises: Sequence[Promise]) -> list[Any]:

@@ -119,10 +119,10 @@ class Inbox:
         return fields[-1]
 
     def abandon(self, number: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Nobody waits for this answer any more, or reads what it has shown."""
         # First the note, then the look: whichever way the leader is just going, it or we release.
         self._abandoned.add(number)
-        if self._answers.pop(number, None) is not None:
+        if self._answers.pop(number, None) is not None or self.executed >= number:
             self._abandoned.discard(number)
             self._release(number)
 

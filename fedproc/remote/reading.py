@@ -56,6 +56,23 @@ def _finish(
         link.give_back(borrow)
 
 
+def seen(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
+    """The value asked for, whose tensors lie in the worker until ``link.give_back(borrow)``.
+
+    For fedproc itself, which does not write to them. Commands that may write need not wait: the
+    worker must not change the value any more.
+    """
+    try:
+        flags, body, _ = link.answer(borrow.query, what, timeout)
+        borrow.exported = bool(flags & frames.EXPORTED)
+        found = _decode(flags, body, lambda place: _seen(link, place))
+    except BaseException:
+        link.give_back(borrow)
+        raise
+    link.free_to_write(borrow)
+    return found
+
+
 def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
     """A private copy of a remote value."""
     return finish(handle.link, start(handle, what), what, timeout)
@@ -130,6 +147,13 @@ def _decode(flags: int, body: Any, load: Any) -> Any:
 def _copied(link: Link, place: Place) -> torch.Tensor:
     assert link.mapped is not None
     return read_place(place, link.mapped.view, fresh(place_bytes(place)))
+
+
+def _seen(link: Link, place: Place) -> torch.Tensor:
+    if isinstance(place, bytes):
+        return _copied(link, place)
+    assert link.mapped is not None
+    return torch.from_numpy(link.mapped.view(Block(*place)))
 
 
 def _mapped(link: Link, place: Place) -> torch.Tensor:

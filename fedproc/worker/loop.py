@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fedproc.errors import NotPermittedError
+from fedproc.memory.lending import lend_from
 from fedproc.transport.channel import SPIN_SECONDS, Channel, look_out
 from fedproc.wire import commands
 from fedproc.wire.frames import Frame, ProtocolError
@@ -43,6 +44,7 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
         spin_seconds: how long to look for the next command before sleeping.
     """
     channel = host.channel
+    lend_from(host.arena)
     loop = Loop(host, turn)
     upkeep = Upkeep(host.arena)
     poll = select.poll()

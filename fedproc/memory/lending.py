@@ -1,0 +1,37 @@
+"""New memory that a worker can lend without a copy: in its arena. Runs in parent and workers.
+
+Code that knows nothing of workers asks here, too; outside a worker it gets ordinary memory.
+"""
+
+import threading
+
+import torch
+
+from fedproc.memory.arena import Arena
+from fedproc.memory.tensors import INLINE_BYTES
+
+
+class _Home(threading.local):
+    arena: Arena | None = None
+
+
+_home = _Home()
+
+
+def lend_from(arena: Arena) -> None:
+    """From now on ``lendable`` memory of this thread, which runs a worker, lies in ``arena``."""
+    _home.arena = arena
+
+
+def lendable(nbytes: int) -> torch.Tensor:
+    """New memory, zeros (uint8, 1-d); what is small travels in a message and needs no arena.
+
+    Other processes can read it from now on: not for what must not be seen.
+
+    Raises:
+        ArenaFullError: there is no room for it.
+    """
+    arena = _home.arena
+    if arena is None or nbytes < INLINE_BYTES:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    return torch.from_numpy(arena.lease(arena.allocate(nbytes))).zero_()
