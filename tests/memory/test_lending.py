@@ -1,0 +1,72 @@
+"""Memory that a worker can lend: in its arena if there is one, never with old bytes in it."""
+
+import threading
+
+import pytest
+import torch
+
+from fedproc.client.layout import Layout
+from fedproc.client.update import Task
+from fedproc.client.work import Work
+from fedproc.memory.arena import Arena
+from fedproc.memory.lending import lend_from, lendable
+from fedproc.memory.tensors import INLINE_BYTES
+from tests.federated.worlds import linear
+
+
+@pytest.fixture
+def in_a_worker():
+    """Runs a function in a thread that has an arena, as a worker's has."""
+    arena = Arena("test", 1 << 24)
+
+    def run(work):
+        found = []
+
+        def thread():
+            lend_from(arena)
+            found.append(work(arena))
+
+        started = threading.Thread(target=thread)
+        started.start()
+        started.join()
+        return found[0]
+
+    yield run
+    arena.close()
+
+
+def test_in_a_worker_it_lies_in_the_arena_and_is_free_again_when_dropped(in_a_worker):
+    def work(arena):
+        memory = lendable(INLINE_BYTES)
+        place = arena.offset_of(memory.data_ptr())
+        memory.fill_(7)
+        del memory
+        again = lendable(INLINE_BYTES)
+        return place, arena.offset_of(again.data_ptr()), again.sum().item()
+
+    first, second, total = in_a_worker(work)
+    assert first is not None
+    assert first == second
+    assert total == 0, "bytes of what lay there before"
+
+
+def test_what_is_small_and_what_is_outside_a_worker_is_ordinary(in_a_worker):
+    assert in_a_worker(lambda arena: arena.offset_of(lendable(16).data_ptr())) is None
+    assert lendable(INLINE_BYTES).tolist() == [0] * INLINE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("private_rows", "clip_norm", "shown"),
+    [(None, None, True), (10, None, False), (None, 1.0, False)],
+)
+def test_private_and_unclipped_updates_are_not_shown(in_a_worker, private_rows, clip_norm, shown):
+    layout = Layout.of(linear(features=10_000))
+    task = Task("a", 1, 0, 0, clip_norm)
+    work = Work(torch.nn.MSELoss(), private_rows=private_rows)
+
+    def allocated(arena):
+        blocks = work.blocks(layout, [task, task])
+        assert blocks.count_nonzero() == 0
+        return arena.offset_of(blocks.data_ptr()) is not None
+
+    assert in_a_worker(allocated) is shown
