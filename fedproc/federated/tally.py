@@ -53,7 +53,9 @@ class Tally:
         self.loss_sums.append(update.loss_sum)
         self.within.append(bool(update.within))
         for name, value in update.metrics.items():
-            weights, values = self.metrics.setdefault(name, (_floats(), _floats()))
+            if name not in self.metrics:
+                self.metrics[name] = _floats(), _floats()
+            weights, values = self.metrics[name]
             weights.append(weight)
             values.append(value)
         self.examples += update.examples
