@@ -26,8 +26,8 @@ TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
 TIDY_SECONDS = 0.05
 """How often dropped pointers are looked for when no command takes their frees along."""
-UPKEEP_SECONDS = 5.0
-"""How often the parent's free memory is looked at."""
+UPKEEP_SECONDS = 15.0
+"""How often the parent's free memory is looked at; see ``worker.upkeep``."""
 _FOLLOWER_SECONDS = 0.05
 _POLL_SECONDS = 0.5
 
@@ -69,7 +69,7 @@ class Hub:
     """Reads for all links of a cluster."""
 
     def __init__(self, upkeep: Callable[[], None]) -> None:
-        """No links yet; ``upkeep`` is called by the janitor every few seconds."""
+        """No links yet; ``upkeep`` is called by the janitor now and then."""
         self._upkeep = upkeep
         self._watched = _watch({})  # links by descriptor, and a poll object for them
         self._leader = threading.Lock()

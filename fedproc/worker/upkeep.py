@@ -4,14 +4,18 @@ import time
 
 from fedproc.memory.arena import Arena
 
-LOOK_SECONDS = 3.0
-"""Free memory is looked at this often: what was not needed since the last look goes back."""
+LOOK_SECONDS = 15.0
+"""Free memory is looked at this often: what was not needed since the last look goes back.
+
+Not sooner: who evaluates or saves between two rounds would pay for clearing the same pages again,
+which costs a large model more than training it does.
+"""
 LOOKS_WHEN_IDLE = 2
 """The first finds what the last command needed, the second that nothing was needed since."""
 
 
 class Upkeep:
-    """Looks at an arena every few seconds, and when nothing happens twice more."""
+    """Looks at an arena now and then, and when nothing happens twice more."""
 
     def __init__(self, arena: Arena) -> None:
         """``arena``: of this worker."""
