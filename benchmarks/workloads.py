@@ -1,8 +1,9 @@
 """Rounds that every system plays: the same model, rows, seeds, cohorts and order of rows."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class Workload:
         x, y = self.rows()
         pieces = zip(x.tensor_split(self.clients), y.tensor_split(self.clients), strict=True)
         return {f"client-{place:04d}": pair for place, pair in enumerate(pieces)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without shards: each is a view, and would be pickled with the rows of all clients."""
+        return Workload, tuple(getattr(self, field.name) for field in fields(self))
 
     def loss(self) -> nn.Module:
         return nn.CrossEntropyLoss()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -153,3 +154,9 @@ def test_a_name_that_does_not_exist_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 2
     assert "no benchmark is called ['nothing']" in done.stderr
+
+
+def test_a_workload_is_pickled_without_its_rows():
+    for workload in workloads.workloads(quick=False):
+        assert workload.shards  # made and kept
+        assert len(pickle.dumps(workload)) < 1000
