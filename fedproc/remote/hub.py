@@ -20,7 +20,7 @@ from typing import Protocol
 
 from fedproc.remote.herald import Herald
 from fedproc.remote.stalls import Stalls
-from fedproc.transport.channel import SPIN_SECONDS, look_out
+from fedproc.transport.channel import Lookout
 
 TAIL_SECONDS = 0.001
 """How long a command may wait for company before it is written."""
@@ -79,6 +79,7 @@ class Hub:
         self._bell = threading.Lock()  # locked: silent; the janitor waits for its release
         self._bell.acquire()
         self._closing = False
+        self._lookout = Lookout()
         self._janitor: threading.Thread | None = None
         self.herald = Herald(self)
         self._stalls = Stalls()
@@ -152,7 +153,7 @@ class Hub:
                 poll.modify(fd, select.POLLIN | select.POLLOUT)
         # An end to every poll: what is waited for may come about without anything to read.
         wait = _POLL_SECONDS if wait is None else min(wait, _POLL_SECONDS)
-        events = look_out(poll, min(wait, SPIN_SECONDS)) or poll.poll(wait * 1000)
+        events = self._lookout.look(poll, wait) or poll.poll(wait * 1000)
         for fd, event in events:
             if event & select.POLLOUT and links[fd].flush():
                 poll.modify(fd, select.POLLIN)

@@ -21,15 +21,38 @@ BATCH_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
 SPIN_SECONDS = 50e-6
 """How long to look for an answer before sleeping: being woken costs about as much."""
+_MOST_IN_VAIN = 4
 
 
-def look_out(poll: "select.poll", seconds: float = SPIN_SECONDS) -> list[tuple[int, int]]:
-    """What a poll object sees within ``seconds``, looked for without sleeping."""
-    events = poll.poll(0)
-    until = time.perf_counter() + seconds
-    while not events and time.perf_counter() < until:
+class Lookout:
+    """Looks for what is about to come without sleeping, as long as that pays.
+
+    It pays while the two processes run on two cores. Linux likes to wake a process on the core of
+    whoever woke it, and there the one that looks keeps the other from answering: a call then took
+    four times as long, for thousands of calls. So a look that saw nothing is followed by waits
+    without one, more of them each time, until a look pays again.
+    """
+
+    def __init__(self, seconds: float = SPIN_SECONDS) -> None:
+        """Look for so many seconds."""
+        self._seconds = seconds
+        self._in_vain = 0  # looks since the last that paid, up to a limit
+        self._waits = 0  # to come without a look
+
+    def look(self, poll: "select.poll", most: float = SPIN_SECONDS) -> list[tuple[int, int]]:
+        """What a poll object sees now, or within ``most`` seconds if looking pays."""
         events = poll.poll(0)
-    return events
+        if events:
+            return events
+        if self._waits:
+            self._waits -= 1
+            return events
+        until = time.perf_counter() + min(self._seconds, most)
+        while not events and time.perf_counter() < until:
+            events = poll.poll(0)
+        self._in_vain = 0 if events else min(self._in_vain + 1, _MOST_IN_VAIN)
+        self._waits = 0 if events else 1 << self._in_vain
+        return events
 
 
 def open_channel(sock: socket.socket, side: str, worker: str, *, inline: bool) -> "Channel":

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedproc.errors import NotPermittedError
 from fedproc.memory.lending import lend_from
-from fedproc.transport.channel import SPIN_SECONDS, Channel, look_out
+from fedproc.transport.channel import SPIN_SECONDS, Channel, Lookout
 from fedproc.wire import commands
 from fedproc.wire.frames import Frame, ProtocolError
 from fedproc.worker import failure, privacy
@@ -46,14 +46,14 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
     channel = host.channel
     lend_from(host.arena)
     loop = Loop(host, turn)
-    upkeep = Upkeep(host.arena)
+    upkeep, lookout = Upkeep(host.arena), Lookout(spin_seconds)
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     interrupted: BaseException | None = None
     while not (host.stopped or channel.ended):
         try:
             if interrupted is None:
-                if look_out(poll, spin_seconds):  # while the parent prepares the next command
+                if lookout.look(poll):  # while the parent prepares the next command
                     upkeep.look(busy=True)
                 else:
                     loop.report()

@@ -44,7 +44,7 @@ def both(*arguments: str) -> tuple[str, list[str]]:
     [
         ("start", 7),
         ("overlap", 5),
-        ("tensors", 11),
+        ("tensors", 12),
         ("average", 5),
         ("threads", 12),
         ("pointers", 9),
