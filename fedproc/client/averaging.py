@@ -152,7 +152,8 @@ def _combine(first: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
     flat = _mean([(_real(value).reshape(-1), factor) for value, factor in values], first.device)
     real = flat.view(_real(first).shape)
     mean = torch.view_as_complex(real) if first.is_complex() else real
-    return mean if first.is_contiguous() else torch.empty_like(first).copy_(mean)
+    same = mean.stride() == first.stride()
+    return mean if same else torch.empty_like(first).copy_(mean)
 
 
 def _like(first: Tensor, value: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ class Resident:
             custom: Local epochs change parameters and buffers only, so the model itself can be
                 resident. A custom function may do anything to its model: it works on a copy.
         """
+        # What was sent lies in memory that other processes can map. Training there would show
+        # them every client's model.
+        self._pristine = pristine = copy.deepcopy(pristine)
         self.layout = Layout.of(pristine)
-        self._pristine = pristine
         self._custom = custom
         self.renew()
 

@@ -6,7 +6,6 @@ its own; the keys end with the worker.
 
 from __future__ import annotations
 
-import copy
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from fedproc.errors import NotPermittedError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fedproc.client.fixed_point import FixedPoint
     from fedproc.client.update import Task, Update
@@ -52,14 +51,6 @@ class SecureTrainer(Trainer):
     """Trains clients for secure sums, and for nothing else."""
 
     _clients: dict[str, SecureClient]
-
-    def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
-        """Keeps the model and the data, see :class:`Trainer`.
-
-        What was sent lies in memory that the parent can map. Training in place would leave every
-        client's model there, so this trainer has one of its own.
-        """
-        super().__init__(copy.deepcopy(model), *args, **options)
 
     def advertise_keys(self, setup: Setup, clients: Sequence[str]) -> dict[str, PublicKeys]:
         """Step 0 for clients of this worker; what an older sum left is forgotten."""

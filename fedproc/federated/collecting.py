@@ -215,6 +215,8 @@ class Collector:
                 self._settle(client, update)
 
     def _settle(self, client: str, result: Update | FedprocError) -> None:
+        if isinstance(result, FedprocError):
+            result.__traceback__ = None  # the history keeps it: its frames hold the whole round
         if client in self._open:
             self._open.remove(client)
             self._arrived[client] = result

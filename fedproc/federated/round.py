@@ -213,7 +213,7 @@ def _take(
     try:
         mean_weight = rules.strategy.mean_weight(weight, result, tally.first or result)
     except ValueError as error:  # the strategy cannot use this update; the others count
-        tally.failures[client] = error
+        tally.failures[client] = error.with_traceback(None)  # the history keeps it, not the round
         return
     fold.add(result.block, weight, mean_weight)
     tally.accept(client, result, weight)

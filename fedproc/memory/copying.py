@@ -43,10 +43,12 @@ def side_by_side(work: Callable[..., object], each: Sequence[tuple[Any, ...]]) -
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(arguments,)) for arguments in each[1:]]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
+        for arguments in each[1:]:
+            thread = threading.Thread(target=run, args=(arguments,))
+            thread.start()
+            threads.append(thread)
         run(each[0])
     finally:
         for thread in threads:
@@ -60,7 +62,7 @@ def fresh(nbytes: int) -> torch.Tensor:
 
     The kernel clears new memory page by page, which costs far more than the copy into it.
     """
-    target = torch.empty(nbytes, dtype=torch.uint8)
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is
     if nbytes >= SIDE_BY_SIDE_BYTES:
         pages.prefer_large(target.data_ptr(), nbytes)
     return target

@@ -33,5 +33,5 @@ def lendable(nbytes: int) -> torch.Tensor:
     """
     arena = _home.arena
     if arena is None or nbytes < INLINE_BYTES:
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     return torch.from_numpy(arena.lease(arena.allocate(nbytes))).zero_()

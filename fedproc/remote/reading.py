@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import pickle
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -57,15 +58,16 @@ def _finish(
 
 
 def seen(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
-    """The value asked for, whose tensors lie in the worker until ``link.give_back(borrow)``.
+    """The value asked for, whose first tensor lies in the worker until ``link.give_back(borrow)``.
 
-    For fedproc itself, which does not write to them. Commands that may write need not wait: the
-    worker must not change the value any more.
+    For fedproc itself, which does not write to it; all others are copies. Commands that may write
+    need not wait: the worker must not change the value any more.
     """
     try:
         flags, body, _ = link.answer(borrow.query, what, timeout)
         borrow.exported = bool(flags & frames.EXPORTED)
-        found = _decode(flags, body, lambda place: _seen(link, place))
+        ways = itertools.chain([_seen], itertools.repeat(_copied))
+        found = _decode(flags, body, lambda place: next(ways)(link, place))
     except BaseException:
         link.give_back(borrow)
         raise

@@ -401,3 +401,11 @@ def test_models_that_are_tied_differently():
 def test_differences_count_also_where_the_weight_is_zero():
     with pytest.raises(ValueError, match="shape"):
         average_modules([nn.Linear(2, 3), nn.Linear(4, 3)], [1, 0])
+
+
+def test_a_default_device_changes_nothing():
+    models = [Holder(torch.ones(2)), Holder(torch.full((2,), 3.0))]
+    with torch.device("meta"):
+        mean = average_modules(models).value
+    assert mean.device.type == "cpu"
+    assert mean.tolist() == [2.0, 2.0]

@@ -70,3 +70,34 @@ def test_what_a_client_keeps_is_its_own(transport):
         aggregator = fp.Aggregator(large(), data, train)
         aggregator.run(3)
         assert aggregator.history[-1].metrics["rounds"] == 3.0
+
+
+def test_what_a_client_keeps_may_be_whatever_can_be_pickled(transport):
+    def train(model, x, y, ctx):
+        import math
+
+        class Uncopied:
+            def __deepcopy__(self, memo):
+                raise TypeError("no copies")
+
+        ctx.state.setdefault("kept", [math, Uncopied(), torch.zeros(9000)])
+        return {"count": float(len(ctx.state))}
+
+    with fp.Cluster(2, transport=transport) as cluster:
+        data = fp.FederatedDataset(shards((8, 9, 10)), cluster)
+        aggregator = fp.Aggregator(large(), data, train)
+        aggregator.run(3)
+        assert aggregator.history[-1].metrics == {"count": 1.0}
+
+
+def test_failures_in_the_history_hold_nothing_of_their_rounds(transport):
+    def train(model, x, y, ctx):
+        if ctx.client == "c":
+            raise ValueError("not I")
+
+    with fp.Cluster(2, transport=transport) as cluster:
+        data = fp.FederatedDataset(shards((8, 9, 10, 11, 12)), cluster)
+        aggregator = fp.Aggregator(large(), data, train)
+        aggregator.run(8)
+        assert all(list(record.failures) == ["c"] for record in aggregator.history)
+        assert nothing_is_held(cluster)

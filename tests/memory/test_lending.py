@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedproc.client.layout import Layout
+from fedproc.client.resident import Resident
 from fedproc.client.update import Task
 from fedproc.client.work import Work
 from fedproc.memory.arena import Arena
@@ -70,3 +71,20 @@ def test_private_and_unclipped_updates_are_not_shown(in_a_worker, private_rows, 
         return arena.offset_of(blocks.data_ptr()) is not None
 
     assert in_a_worker(allocated) is shown
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_the_model_that_is_trained_lies_apart_from_what_was_sent(in_a_worker, custom):
+    def places(arena):
+        sent = linear(features=10_000)
+        block = arena.allocate(sent.weight.nbytes)
+        home = torch.from_numpy(arena.lease(block)).view(torch.float32).view_as(sent.weight)
+        sent.weight.data = home.copy_(sent.weight.data)
+        resident = Resident(sent, custom=custom)
+        assert torch.equal(resident.model.weight, sent.weight)
+        both = sent.weight, resident.model.weight
+        return [arena.offset_of(weight.data_ptr()) for weight in both]
+
+    sent, trained = in_a_worker(places)
+    assert sent is not None
+    assert trained is None, "others could read every client's model"
