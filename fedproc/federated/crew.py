@@ -86,8 +86,17 @@ class Crew:
         return name
 
     def homes(self, clients: Sequence[str]) -> dict[str, str]:
-        """Maps clients to the names of the workers that train them."""
-        return self.data.homes(clients)
+        """Maps clients to the names of the workers that train them.
+
+        Raises:
+            WorkerLostError: No worker is left.
+        """
+        while True:
+            try:
+                return self.data.homes(clients)
+            except WorkerLostError:  # one was lost while it was given the rows of another
+                if not self.restored():
+                    raise
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""
