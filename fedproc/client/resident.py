@@ -38,7 +38,7 @@ class Resident:
         """
         # What was sent lies in memory that other processes can map. Training there would show
         # them every client's model.
-        self._pristine = pristine = copy.deepcopy(pristine)
+        self._pristine = pristine if custom else copy.deepcopy(pristine)
         self.layout = Layout.of(pristine)
         self._custom = custom
         self.renew()

@@ -175,7 +175,6 @@ class Supervisor:
                     link.process.kill()
                     link.process.wait(STOP_SECONDS)
                 link.close()
-                self.hub.remove(link)
                 self._links.discard(link)
 
     def _ask_to_stop(self, link: Link) -> None:

@@ -103,7 +103,7 @@ async def awaited(pointer: "Pointer") -> Any:
 
 
 @contextlib.contextmanager
-def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]:
+def lent(pointer: "Pointer") -> Iterator[torch.Tensor]:
     """The worker's own memory of a tensor, for the length of the block.
 
     Takes the pointer, not its handle: the object must not be freed while it is lent.
@@ -112,13 +112,11 @@ def lent(pointer: "Pointer", *, folding: bool = False) -> Iterator[torch.Tensor]
     link = handle.link
     borrow = Borrow(scoped=True)
     try:
-        _ask(borrow, handle, "borrow", folding=folding, lent=True)
+        _ask(borrow, handle, "borrow", lent=True)
         flags, body, _ = link.answer(borrow.query, "borrow")
         if flags & frames.PLAIN:  # one piece of memory
-            offset, nbytes, dtype, shape = body
-            assert link.mapped is not None
-            memory = link.mapped.borrow(Block(offset, nbytes))
-            yield torch.frombuffer(memory, dtype=dtype).view(shape)
+            place, dtype, shape = body
+            yield _mapped(link, place).view(dtype).view(shape)
         else:
             yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
     finally:

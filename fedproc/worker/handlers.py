@@ -103,11 +103,10 @@ def _lend(host: Host, sequence: int, value: Any) -> int:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"only tensors can be borrowed, not a {type_name(value)}: use fetch()")
     host.adopt(value)
-    offset = host.arena.offset_of(value.data_ptr()) if _is_one_piece(value) else None
-    if offset is not None:  # the usual case, without what only others need
-        flags, exporter = frames.PLAIN, Exporter(host.arena)
-        exporter.held.append(value.detach())
-        body: Any = (offset, value.nbytes, value.dtype, tuple(value.shape))
+    if _is_one_piece(value):  # the usual case, without what only others need
+        flags, exporter = frames.PLAIN, Exporter(host.arena, inline_bytes=0)
+        place = exporter(value.detach(), value.stride())
+        body: Any = (place, value.dtype, tuple(value.shape))
     else:
         flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
