@@ -19,7 +19,7 @@ from fedproc.transport.channel import Channel, open_channel
 from fedproc.transport.stacksignal import STACK_SIGNAL
 from fedproc.wire import frames
 from fedproc.wire.commands import KIND, Failed, Ready
-from fedproc.worker import failure
+from fedproc.worker import compiler, failure
 from fedproc.worker.host import PARENT, Host
 from fedproc.worker.lifeline import hold_lifeline
 from fedproc.worker.loop import serve
@@ -141,6 +141,7 @@ def _standard_streams(given: Descriptors) -> None:
 
 def start_executed(arguments: dict[str, Any]) -> None:
     """Entry of a worker that was executed, not forked."""
+    compiler.defer()
     for module in arguments["preload"]:
         __import__(module)
     spec, around, given = arguments["spec"], arguments["around"], arguments["given"]

@@ -1,9 +1,9 @@
 """The zygote: a prepared interpreter that forks workers on request.
 
 Runs in a process of its own, started once by the parent and kept while the parent lives. It has
-imported torch and built an optimizer (which pulls in hundreds of modules at its first use), so a
-worker starts in milliseconds and shares these pages. It has exactly one thread, never runs
-autograd and never touches a GPU: forking it is safe, which forking the user's process is not.
+imported torch and used an optimizer, so a worker starts in milliseconds and shares these pages. It
+has exactly one thread, never runs autograd and never touches a GPU: forking it is safe, which
+forking the user's process is not.
 
 Messages on the control socket are pickles with a length in front. Requests carry descriptors.
 """
@@ -53,7 +53,9 @@ def _prepare(preload: tuple[str, ...]) -> None:
     import torch
 
     import fedproc.worker.main  # noqa: F401
+    from fedproc.worker import compiler
 
+    compiler.defer()
     for module in preload:
         importlib.import_module(module)
     torch.set_num_threads(1)
