@@ -1,6 +1,12 @@
-"""Cluster: worker processes by name. Runs in the parent; the class that users start with."""
+"""Cluster: worker processes by name. Runs in the parent; the class that users start with.
+
+No torch on top: while this process imports it, so does the one that workers are forked from.
+"""
+
+from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,21 +14,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fedproc.cluster.functions import functions_of
-from fedproc.cluster.placing import dealt
-from fedproc.cluster.supervision import Supervisor, make_transport
+from fedproc.cluster.placing import dealt, make_transport, names_of
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
 from fedproc.memory.pages import usable_cores
-from fedproc.remote import reading
-from fedproc.remote.completed import as_completed
-from fedproc.remote.group import PointerGroup
-from fedproc.remote.pointer import Pointer
-from fedproc.remote.worker import Worker
-from fedproc.transport.base import WorkerSpec
+from fedproc.transport.base import Transport, WorkerSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_open: "set[Cluster]" = set()
+    from fedproc.cluster.functions import Functions
+    from fedproc.remote.group import PointerGroup
+    from fedproc.remote.pointer import Pointer
+    from fedproc.remote.worker import Worker
+
+_open: set[Cluster] = set()
 
 
 class Cluster:
@@ -63,7 +68,7 @@ class Cluster:
         start_timeout: float = 60.0,
     ) -> None:
         """Start the workers."""
-        names = _names(workers)
+        names = names_of(workers)
         _positive(threads=threads, memory_limit=memory_limit, start_timeout=start_timeout)
         if min_rows < 1:
             raise ValueError(f"min_rows must be at least 1, not {min_rows}")
@@ -80,17 +85,22 @@ class Cluster:
             WorkerSpec(name, seed, each, memory_limit, device)
             for name, device in zip(names, dealt(devices), strict=False)
         ]
-        modules = (preload,) if isinstance(preload, str) else tuple(preload)
         told = None if functions is None else functions_of(functions)
-        made = make_transport(transport, modules, start_timeout)
-        self._supervisor = Supervisor(made, start_timeout, told, min_rows)
-        try:
+        modules = (preload,) if isinstance(preload, str) else tuple(preload)
+        self._start(make_transport(transport, modules), start_timeout, told)
+
+    def _start(self, transport: Transport, timeout: float, functions: Functions | None) -> None:
+        """Start the workers; what was begun is ended if that fails."""
+        with contextlib.ExitStack() as begun:
+            begun.callback(transport.close)
+            from fedproc.cluster.supervision import Supervisor
+
+            self._supervisor = Supervisor(transport, timeout, functions, self.min_rows)
+            begun.callback(self._supervisor.close)
             started = self._supervisor.start(self._specs)
-            self._workers = dict(zip(names, started, strict=True))
+            self._workers = {worker.name: worker for worker in started}
             _open.add(self)
-        except BaseException:
-            self._supervisor.close()
-            raise
+            begun.pop_all()
 
     # ---- workers by name
 
@@ -140,9 +150,7 @@ class Cluster:
 
     def __contains__(self, name: object) -> bool:
         """Whether a worker has that name (or is one of ours)."""
-        if isinstance(name, Worker):
-            return any(name is worker for worker in self._workers.values())
-        return name in self._workers
+        return any(name is worker for worker in self._workers.values()) or name in self._workers
 
     # ---- work for all of them
 
@@ -152,6 +160,8 @@ class Cluster:
 
     def send(self, obj: Any, **options: Any) -> PointerGroup:
         """``worker.send`` to every worker: a group of pointers."""
+        from fedproc.remote.group import PointerGroup
+
         return PointerGroup([worker.send(obj, **options) for worker in self.workers])
 
     def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -160,6 +170,9 @@ class Cluster:
         Raises:
             Exception: the first error in the order of the items; items after it may not have run.
         """
+        from fedproc.remote import reading
+        from fedproc.remote.completed import as_completed
+
         todo = list(items)
         results: list[Any] = [None] * len(todo)
         errors: dict[int, Exception] = {}
@@ -242,7 +255,7 @@ class Cluster:
             self._supervisor.close()
             _open.discard(self)  # last: interrupted before, close() can be called again
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         """The cluster itself."""
         return self
 
@@ -263,28 +276,6 @@ class Cluster:
         """The names."""
         state = "closed" if self._closed else self.transport
         return f"<Cluster {', '.join(self._workers)} ({state})>"
-
-
-def _names(workers: int | Iterable[str] | None) -> list[str]:
-    if workers is None:
-        workers = usable_cores()
-    if isinstance(workers, bool):
-        raise ValueError("workers must be a number or names, not a bool")
-    if isinstance(workers, int):
-        if workers < 1:
-            raise ValueError(f"a cluster needs at least one worker, not {workers}")
-        return [f"worker-{number}" for number in range(workers)]
-    if isinstance(workers, str):
-        raise ValueError(f"workers must be a list of names: [{workers!r}]")
-    names = list(workers)
-    if not names:
-        raise ValueError("a cluster needs at least one worker: the list of names is empty")
-    for name in names:
-        if not name or type(name) is not str:
-            raise ValueError(f"a worker's name is a text that is not empty, not {name!r}")
-        if names.count(name) > 1:
-            raise ValueError(f"the name {name!r} is given twice; every worker needs its own")
-    return names
 
 
 def _positive(**values: float | None) -> None:

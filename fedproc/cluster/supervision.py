@@ -15,8 +15,6 @@ from fedproc.remote.message import plain
 from fedproc.remote.site import Site
 from fedproc.remote.worker import Worker
 from fedproc.transport.base import Transport, WorkerSpec, receive_descriptor
-from fedproc.transport.inline import InlineTransport
-from fedproc.transport.process import ProcessTransport
 from fedproc.transport.undisturbed import undisturbed
 from fedproc.wire import commands
 
@@ -25,31 +23,6 @@ LOCKSTEP_SECONDS = 0.05
 goes on, so that neither sees the other's draws. A slow one runs beside it, as in a process."""
 STOP_SECONDS = 2.0
 """How long a worker that was asked to stop may take, and again after SIGKILL."""
-
-
-def make_transport(kind: str, preload: tuple[str, ...], timeout: float) -> Transport:
-    """The transport of that name.
-
-    Raises:
-        ValueError: there is no such transport.
-        WorkerStartError: the zygote could not be started.
-    """
-    if kind == "process":
-        return ProcessTransport(preload, timeout)
-    if kind == "inline":
-        for module in preload:
-            _import(module)
-        return InlineTransport()
-    raise ValueError(f'transport must be "process" or "inline", not {kind!r}')
-
-
-def _import(module: str) -> None:
-    try:
-        __import__(module)
-    except Exception as error:
-        raise WorkerStartError(
-            f"preload: module {module!r} could not be imported: {type(error).__name__}: {error}"
-        ) from error
 
 
 class Supervisor:
@@ -84,6 +57,7 @@ class Supervisor:
         """
         links: list[Link] = []
         try:
+            self._transport.prepare(self._timeout)
             for spec in specs:
                 with undisturbed():
                     links.append(self._launch(spec))

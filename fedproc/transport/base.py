@@ -74,8 +74,15 @@ class Transport(Protocol):
 
     inline: bool
 
+    def prepare(self, timeout: float) -> None:
+        """Wait until workers can be started, up to ``timeout`` seconds.
+
+        Raises:
+            WorkerStartError: they cannot.
+        """
+
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
-        """Start a worker.
+        """Start a worker, after ``prepare``.
 
         Args:
             spec: what it must know.

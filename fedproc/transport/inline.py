@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 
+from fedproc.errors import WorkerStartError
 from fedproc.transport.base import Connection, WorkerSpec
 from fedproc.transport.channel import Channel, open_channel
 
@@ -52,6 +53,21 @@ class InlineTransport:
     """Starts workers as threads."""
 
     inline = True
+
+    def __init__(self, preload: tuple[str, ...]) -> None:
+        """``preload``: names of modules to import before a worker starts."""
+        self._preload = preload
+
+    def prepare(self, timeout: float) -> None:  # noqa: ARG002 - part of the contract
+        """Import the modules, in this process."""
+        for module in self._preload:
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                raise WorkerStartError(
+                    f"preload: module {module!r} could not be imported: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
         """Start the loop in a thread."""

@@ -144,12 +144,20 @@ class ProcessTransport:
 
     inline = False
 
-    def __init__(self, preload: tuple[str, ...], timeout: float) -> None:
-        """Have a zygote ready, unless workers are to be executed (``FEDPROC_START=exec``)."""
+    def __init__(self, preload: tuple[str, ...]) -> None:
+        """Start a zygote, unless workers are to be executed (``FEDPROC_START=exec``)."""
         self._preload = preload
         self._zygote: Zygote | None = None
         if sys.platform == "linux" and os.environ.get("FEDPROC_START") != "exec":
-            self._zygote = zygote_for(preload, timeout)
+            self._zygote = zygote_for(preload)
+
+    def prepare(self, timeout: float) -> None:
+        """Wait for the zygote; for a new one if it has ended."""
+        if self._zygote is None:
+            return
+        if not self._zygote.alive:
+            self._zygote = zygote_for(self._preload)
+        self._zygote.wait_ready(timeout)
 
     def start(self, spec: WorkerSpec, arena_fd: int, arena_size: int) -> Connection:
         """Start a worker process. Not to be interrupted: see ``undisturbed``."""
@@ -180,8 +188,6 @@ class ProcessTransport:
         self, spec: WorkerSpec, around: tuple[Any, ...], fds: list[int], lifeline: int
     ) -> ForkedProcess | ExecutedProcess:
         zygote = self._zygote
-        if zygote is not None and not zygote.alive:
-            zygote = self._zygote = zygote_for(self._preload, 60.0)
         if zygote is not None and zygote.forkable:
             return ForkedProcess(zygote.fork(spec, around, fds), zygote, lifeline)
         arguments = {"spec": tuple(spec), "around": around, "given": fds, "preload": self._preload}

@@ -61,26 +61,20 @@ def execute(
 class Zygote:
     """The parent's end of a zygote."""
 
-    def __init__(self, preload: tuple[str, ...], timeout: float) -> None:
-        """Start it and wait until it is ready, up to ``timeout`` seconds."""
+    def __init__(self, preload: tuple[str, ...]) -> None:
+        """Start it. It imports torch meanwhile: :meth:`wait_ready` before anything else."""
         self.owner = os.getpid()
+        self._preload = preload
         self._lock = threading.RLock()
         self._exits: dict[int, int] = {}
         self._ready: tuple[Any, ...] | None = None
         self._started: dict[int, int] = {}
         self._requests = itertools.count(1)
         self._input: tuple[bytes, list[bytes]] = (b"", [])
-        try:
-            with undisturbed():
-                self._launch(preload)
-            self._pump_until(lambda: self._ready is not None, time.monotonic() + timeout)
-            self._check_ready(preload, timeout)
-        except BaseException:
-            if self in _open_zygotes:
-                self.close()
-            raise
+        with undisturbed():
+            self._launch()
 
-    def _launch(self, preload: tuple[str, ...]) -> None:
+    def _launch(self) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
                 here, there = socket.socketpair()
@@ -90,7 +84,8 @@ class Zygote:
                 theirs.callback(os.close, lifeline)
                 ours.callback(os.close, self._lifeline)
                 fds = (there.fileno(), lifeline)
-                self._process = execute(("fedproc.worker.zygote", "main"), (*fds, preload), fds)
+                arguments = (*fds, self._preload)
+                self._process = execute(("fedproc.worker.zygote", "main"), arguments, fds)
             except OSError as error:
                 raise WorkerStartError(
                     f"the interpreter that workers are forked from could not be started: {error}"
@@ -98,16 +93,27 @@ class Zygote:
             ours.pop_all()
         _open_zygotes.add(self)
 
-    def _check_ready(self, preload: tuple[str, ...], timeout: float) -> None:
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until it can fork, up to ``timeout`` seconds; an interrupt changes nothing.
+
+        Raises:
+            WorkerStartError: It cannot; it has been ended.
+        """
+        self._pump_until(lambda: self._ready is not None, time.monotonic() + timeout)
         ready = self._ready
         if ready is None or ready[0] != "ready":
+            self.close()
             why = "it ended or was too slow" if ready is None else ready[1]
             raise WorkerStartError(
                 f"the interpreter that workers are forked from could not be prepared: {why}. "
-                f"Check that torch and the modules in preload={list(preload)} import in a new "
-                f"`{sys.executable}`, or raise start_timeout (now {timeout:g} s)."
+                f"Check that torch and the modules in preload={list(self._preload)} import in a "
+                f"new `{sys.executable}`, or raise start_timeout (now {timeout:g} s)."
             )
-        self.forkable = ready[1] == 1
+
+    @property
+    def forkable(self) -> bool:
+        """Whether forking it is safe: it is ready and has one thread."""
+        return self._ready == ("ready", 1)
 
     @property
     def pid(self) -> int:
@@ -202,8 +208,11 @@ class Zygote:
             self._ready = message
 
     def close(self) -> None:
-        """End it, and with it what it has forked."""
-        _open_zygotes.discard(self)
+        """End it, and with it what it has forked. Idempotent."""
+        with self._lock:
+            if self not in _open_zygotes:
+                return
+            _open_zygotes.discard(self)
         self._control.close()
         os.close(self._lifeline)
         self._process.wait()
@@ -226,15 +235,15 @@ def zygote_pid() -> int | None:
     return _kept[0].pid if _kept and _kept[0].alive else None
 
 
-def zygote_for(preload: tuple[str, ...], timeout: float) -> Zygote:
-    """A zygote that has imported these modules; the plain one is shared."""
+def zygote_for(preload: tuple[str, ...]) -> Zygote:
+    """A zygote that imports these modules, not waited for; the plain one is shared."""
     if preload:
-        return Zygote(preload, timeout)
+        return Zygote(preload)
     with _starting:
         if _kept and not _kept[0].alive:
             _kept.pop().close()
         if not _kept:
-            _kept.append(Zygote((), timeout))
+            _kept.append(Zygote(()))
         return _kept[0]
 
 

@@ -45,6 +45,21 @@ def test_workers_can_be_executed_instead_of_forked():
     assert _output(code, FEDPROC_START="exec") == "[2.0, 2.0, 2.0] 5\n"
 
 
+def test_torch_is_imported_here_while_the_zygote_imports_it():
+    code = (
+        "import sys, fedproc as fp\n"
+        "from fedproc.transport.zygote import Zygote\n"
+        "launch = Zygote._launch\n"
+        "def told(zygote):\n"
+        "    launch(zygote)\n"
+        "    print('torch' in sys.modules)\n"
+        "Zygote._launch = told\n"
+        "with fp.Cluster(['bob']) as c:\n"
+        "    print('torch' in sys.modules, c['bob'].run(lambda: 5).get())\n"
+    )
+    assert _output(code) == "False\nTrue 5\n"
+
+
 def test_sync_raises_where_the_call_was_made():
     code = (
         "import fedproc as fp\n"
