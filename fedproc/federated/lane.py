@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Clients of one command: as many as train in this time, so that the cost of a command is spread
 # over quick clients, and slow ones still go one by one.
-_BATCH_SECONDS: Final = 0.010
+_BATCH_SECONDS: Final = 0.030
 _BATCH_MOST: Final = 32
 _BATCH_BYTES: Final = 8 << 20
 
