@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fedproc.memory import pages
+from fedproc.memory.spares import SPARES
 
 SIDE_BY_SIDE_BYTES = 4 << 20
 """From here on a copy is worth threads, and new memory large pages."""
@@ -58,11 +59,10 @@ def side_by_side(work: Callable[..., object], each: Sequence[tuple[Any, ...]]) -
 
 
 def fresh(nbytes: int) -> torch.Tensor:
-    """New private memory (uint8, 1-d, uninitialised), in large pages where the system has them.
+    """Private memory nobody else holds (uint8, 1-d, uninitialised), used before where it is large.
 
     The kernel clears new memory page by page, which costs far more than the copy into it.
     """
-    target = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is
     if nbytes >= SIDE_BY_SIDE_BYTES:
-        pages.prefer_large(target.data_ptr(), nbytes)
-    return target
+        return SPARES.take(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is
