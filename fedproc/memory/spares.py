@@ -150,17 +150,15 @@ class Spares:
 
     def _make_way(self, nbytes: int) -> None:
         """Let go of as much that rests, or all there is; first what rests for longest."""
-        shelves = list(self._shelves.values())
-        for shelf in shelves:
+        resting: list[tuple[float, Spare, _Shelf]] = []
+        for shelf in list(self._shelves.values()):
             shelf.look(len(shelf.used))
-        resting = [
-            (spare.since, id(spare), spare) for shelf in shelves for spare in [*shelf.resting]
-        ]
-        for _, _, spare in sorted(resting):
+            resting += [(spare.since, spare, shelf) for spare in [*shelf.resting]]
+        for _, spare, shelf in sorted(resting, key=lambda found: found[0]):
             if nbytes <= 0:
                 return
             nbytes -= spare.nbytes
-            self._shelves[spare.nbytes].let_go(spare)
+            shelf.let_go(spare)
 
     def _noted_bytes(self) -> int:
         shelves = list(self._shelves.items())
@@ -172,13 +170,6 @@ class Spares:
             self._room_bytes = pages.machine_room_bytes() // _KEPT_PART
             self._room_until = now + ROOM_SECONDS
         return self._room_bytes
-
-    def disown(self, storage: torch.UntypedStorage) -> None:
-        """Let go of a storage whose holders somebody counts."""
-        shelf = self._shelves.get(storage.nbytes(), _Shelf())
-        for spare in [*shelf.used, *shelf.resting]:
-            if spare.storage.data_ptr() == storage.data_ptr():
-                shelf.let_go(spare)
 
     def collect(self, now: float | None = None) -> None:
         """Give back what was not used lately, and forget what is in use for long.

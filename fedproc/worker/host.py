@@ -16,7 +16,6 @@ from torch import nn
 from fedproc.errors import NotShippableError, ObjectGoneError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.memory.copying import fresh
-from fedproc.memory.spares import SPARES
 from fedproc.memory.tensors import (
     INLINE_BYTES,
     Exporter,
@@ -171,7 +170,6 @@ class Host:
         that views or autograd share stays where it is: they would be left behind.
         """
         storage = tensor.untyped_storage()
-        SPARES.disown(storage)
         shared = self.arena.offset_of(storage.data_ptr()) is not None
         alone = torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's and ours
         alone = alone and storage.resizable()  # else it is an array's memory

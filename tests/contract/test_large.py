@@ -117,6 +117,15 @@ def test_it_goes_back_when_nobody_wants_it_and_at_the_end(monkeypatch, values):
     assert not lives(kept)
 
 
+def test_a_worker_keeps_memory_too(bob):
+    assert bob.run(keeps).get()
+
+
+def keeps():
+    kept = weakref.ref(copying.fresh(copying.SIDE_BY_SIDE_BYTES).untyped_storage())
+    return lives(kept)
+
+
 def changed(tensor, dtype, layout):
     tensor = tensor.to(dtype)
     if layout == 1:
