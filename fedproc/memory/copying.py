@@ -54,26 +54,32 @@ def side_by_side(
                 except BaseException as error:  # noqa: BLE001 - raised in the caller
                     errors.append(error)
 
-    def help_out(end: "_thread.LockType") -> None:
-        try:
-            run()
-        finally:
-            end.release()
-
     ends: list[_thread.LockType] = []
     try:
         for _ in range(min(threads, len(each)) - 1):
-            end = _thread.allocate_lock()
-            end.acquire()
             with contextlib.suppress(RuntimeError):  # no thread to be had: others do its part
-                _thread.start_new_thread(help_out, (end,))
-                ends.append(end)
+                ends.append(_started(run))
         run()
     finally:
         for end in ends:
             end.acquire()
     if errors:
         raise errors[0]
+
+
+def _started(run: Callable[[], None]) -> "_thread.LockType":
+    """Call ``run`` in a thread; the lock is free when it has ended."""
+    end = _thread.allocate_lock()
+    end.acquire()
+
+    def run_and_tell() -> None:
+        try:
+            run()
+        finally:
+            end.release()
+
+    _thread.start_new_thread(run_and_tell, ())
+    return end
 
 
 def fresh(nbytes: int) -> torch.Tensor:
