@@ -197,7 +197,7 @@ def _mean(values: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
     parts = torch.split(mean, size)
     places = range(len(parts))
     shares = [places[thread::threads] for thread in range(min(threads, len(places)))]
-    side_by_side(_fill, [(parts, pieces, weights, share) for share in shares])
+    side_by_side(_fill, [(parts, pieces, weights, share) for share in shares], threads)
     return mean
 
 

@@ -4,11 +4,12 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from fedproc.cluster.functions import Functions
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
+from fedproc.memory.spares import SPARES
 from fedproc.remote.hub import Hub
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -23,6 +24,16 @@ LOCKSTEP_SECONDS = 0.05
 goes on, so that neither sees the other's draws. A slow one runs beside it, as in a process."""
 STOP_SECONDS = 2.0
 """How long a worker that was asked to stop may take, and again after SIGKILL."""
+
+
+def upkeep_of(arena: Arena) -> Callable[[], None]:
+    """What the janitor does with free memory; it must not hold on to the cluster."""
+
+    def upkeep() -> None:
+        SPARES.collect()
+        arena.collect()
+
+    return upkeep
 
 
 class Supervisor:
@@ -42,7 +53,7 @@ class Supervisor:
         self._functions = functions
         self._min_rows = min_rows
         self.arena = Arena("parent")
-        self.hub = Hub(self.arena.collect)
+        self.hub = Hub(upkeep_of(self.arena))
         self._transport = transport
         self._timeout = timeout
         self._numbers = itertools.count(1)
@@ -74,6 +85,7 @@ class Supervisor:
         connection = self._transport.start(spec, self.arena.fd, self.arena.size_bytes)
         link = Link(spec.name, connection, self.hub, self.arena, self._numbers)
         self._links.add(link)
+        SPARES.open(self.arena)
         self.hub.add(link)
         return link
 
@@ -165,5 +177,6 @@ class Supervisor:
         with undisturbed():
             self.end(list(self._links))
             self.hub.close()
+            SPARES.close(self.arena)
             self.arena.close()
             self._transport.close()

@@ -1,68 +1,92 @@
 """Copying many bytes quickly, and new memory for them. Runs in parent and workers."""
 
-import threading
+import _thread
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fedproc.memory import pages
+from fedproc.memory.spares import SPARES
 
 SIDE_BY_SIDE_BYTES = 4 << 20
 """From here on a copy is worth threads, and new memory large pages."""
 COPIERS = min(4, pages.usable_cores())
+PIECE_BYTES = 2 << 20
+"""Copied by one thread at a time: whoever begins first does more of them."""
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes, in pieces side by side when they are many and torch itself has one thread.
+    """Copy bytes (uint8, 1-d, as many), side by side when they are many.
 
-    One thread gets about half of a machine's bandwidth.
+    One thread gets about half of a machine's bandwidth. Where torch has threads they do it: they
+    are awake for milliseconds after whatever they did before, and keep others from these cores.
     """
     if len(source) < SIDE_BY_SIDE_BYTES or torch.get_num_threads() > 1:
         target.copy_(source)
         return
-    pieces = zip(target.chunk(COPIERS), source.chunk(COPIERS), strict=True)
-    side_by_side(torch.Tensor.copy_, list(pieces))
+    pieces = zip(torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True)
+    side_by_side(torch.Tensor.copy_, list(pieces), COPIERS)
 
 
-def side_by_side(work: Callable[..., object], each: Sequence[tuple[Any, ...]]) -> None:
-    """Call ``work(*arguments)`` for each of some arguments, all but the first in other threads.
+def side_by_side(
+    work: Callable[..., object], each: Sequence[tuple[Any, ...]], threads: int
+) -> None:
+    """Call ``work(*arguments)`` for each of some arguments, in this thread and some others.
 
-    The threads end here: a worker may be forked by its user, and a pool would not survive that.
+    They are dealt out in order, to whichever thread is ready. The threads end here: a worker may
+    be forked by its user, and a pool would not survive that. Those of ``threading`` would make
+    this one wait until each has begun, for as long as copying several megabytes takes.
 
     Raises:
-        Exception: the first error, once all have ended.
+        Exception: the first error, once all were called.
     """
     inference = torch.is_inference_mode_enabled()  # of this thread; others would start without
     errors: list[BaseException] = []
+    left = iter(each)
 
-    def run(arguments: tuple[Any, ...]) -> None:
-        try:
-            with torch.inference_mode(inference):
-                work(*arguments)
-        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-            errors.append(error)
+    def run() -> None:
+        with torch.inference_mode(inference):
+            for arguments in left:
+                try:
+                    work(*arguments)
+                except BaseException as error:  # noqa: BLE001 - raised in the caller
+                    errors.append(error)
 
-    threads: list[threading.Thread] = []
+    ends: list[_thread.LockType] = []
     try:
-        for arguments in each[1:]:
-            thread = threading.Thread(target=run, args=(arguments,))
-            thread.start()
-            threads.append(thread)
-        run(each[0])
+        for _ in range(min(threads, len(each)) - 1):
+            with contextlib.suppress(RuntimeError):  # no thread to be had: others do its part
+                ends.append(_started(run))
+        run()
     finally:
-        for thread in threads:
-            thread.join()
+        for end in ends:
+            end.acquire()
     if errors:
         raise errors[0]
 
 
+def _started(run: Callable[[], None]) -> "_thread.LockType":
+    """Call ``run`` in a thread; the lock is free when it has ended."""
+    end = _thread.allocate_lock()
+    end.acquire()
+
+    def run_and_tell() -> None:
+        try:
+            run()
+        finally:
+            end.release()
+
+    _thread.start_new_thread(run_and_tell, ())
+    return end
+
+
 def fresh(nbytes: int) -> torch.Tensor:
-    """New private memory (uint8, 1-d, uninitialised), in large pages where the system has them.
+    """Private memory nobody else holds (uint8, 1-d, uninitialised), used before where it is large.
 
     The kernel clears new memory page by page, which costs far more than the copy into it.
     """
-    target = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is
     if nbytes >= SIDE_BY_SIDE_BYTES:
-        pages.prefer_large(target.data_ptr(), nbytes)
-    return target
+        return SPARES.take(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is

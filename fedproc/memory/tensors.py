@@ -90,8 +90,11 @@ class Exporter:
                 return offset, nbytes
         block = self._arena.allocate(nbytes)
         self.blocks.append(block)
-        target = torch.from_numpy(self._arena.write_view(block)).view(source.dtype)
-        target.as_strided(source.shape, stride).copy_(source)
+        target = torch.from_numpy(self._arena.write_view(block))
+        if same_layout:
+            copy_bytes(target, source.as_strided((source.numel(),), (1,)).view(torch.uint8))
+        else:
+            target.view(source.dtype).as_strided(source.shape, stride).copy_(source)
         return block.offset, nbytes
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedproc.memory.spares import SPARES
 from fedproc.transport.base import WorkerSpec
 from fedproc.transport.channel import Channel, open_channel
 from fedproc.transport.stacksignal import STACK_SIGNAL
@@ -65,6 +66,7 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     faulthandler.register(STACK_SIGNAL, file=given.side, all_threads=False)
     host = _open(spec, channel, side, given.arena, around.arena_size, is_process=True)
     if host is not None:
+        SPARES.open(host)  # an inline worker is in the process of a cluster, which has done that
         serve(host)
         channel.flush()
 

@@ -3,6 +3,7 @@
 import time
 
 from fedproc.memory.arena import Arena
+from fedproc.memory.spares import SPARES
 
 LOOK_SECONDS = 15.0
 """Free memory is looked at this often: what was not needed since the last look goes back.
@@ -36,5 +37,6 @@ class Upkeep:
                 return
         else:
             self._left -= 1
+        SPARES.collect()
         self._arena.collect()
         self._next = time.monotonic() + LOOK_SECONDS
