@@ -123,6 +123,7 @@ def test_from_several_threads_at_once(bob):
 def test_of_an_executed_worker(monkeypatch):
     monkeypatch.setenv("FEDPROC_START", "exec")
     with fp.Cluster(["bob"]) as cluster:
+        cluster["bob"].run(abs, 1).get()  # it tells that it has started before it serves
         assert " in serve\n" in cluster["bob"].stack()
 
 
