@@ -202,8 +202,8 @@ def _mean(values: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
 def _fill_compiled(mean: Tensor, values: list[tuple[Tensor, float]], threads: int) -> None:
     """The mean by compiled code; a thread that has time takes the next piece."""
     vectors, weights = zip(*values, strict=True)
-    firsts = range(0, len(mean), compiled.PIECE)
-    task = (mean, vectors, weights, _sum(weights), iter(firsts))
+    firsts = compiled.pieces(len(mean))
+    task = (mean, vectors, weights, _sum(weights), iter(firsts), firsts.step)
     side_by_side(compiled.mean_into, [task] * max(1, min(threads, len(firsts))))
 
 

@@ -25,7 +25,10 @@ COMPILED: Final = _sums is not None
 
 # Elements of a mean that one call forms: long enough that calling costs nothing, short enough that
 # Ctrl-C is heard and that threads end together on a machine that has other things to do as well.
-PIECE: Final = 1 << 16
+# New memory comes in pages of 2 MiB: two threads that meet in one both clear it, and one of them
+# for nothing. So where there are enough of them, a piece is as long as a page.
+_PIECE: Final = 1 << 16
+_PAGE: Final = 1 << 19
 
 
 def fits(values: Tensor) -> bool:
@@ -40,6 +43,11 @@ def fits(values: Tensor) -> bool:
         and not values.is_neg()  # its memory holds the negative of its values
         and values.data_ptr() % values.itemsize == 0
     )
+
+
+def pieces(count: int) -> range:
+    """Where the pieces of a mean of ``count`` elements begin; its step is their length."""
+    return range(0, count, _PAGE if count >= 4 * _PAGE else _PIECE)
 
 
 def add(total: Tensor, values: Tensor, weight: float, *, first: bool) -> None:
@@ -72,6 +80,7 @@ def mean_into(
     weights: Sequence[float],
     whole: float,
     firsts: Iterable[int],
+    size: int,
 ) -> None:
     """Writes ``(w0 y0 + w1 y1 + ...) / whole`` into pieces of ``mean``.
 
@@ -80,7 +89,8 @@ def mean_into(
         values: At least one, each of that shape, such that ``fits`` says yes.
         weights: One for each; finite.
         whole: What the sums are divided by.
-        firsts: Where the pieces of ``PIECE`` elements begin. Threads may share one iterator.
+        firsts: Where the pieces begin, see ``pieces``. Threads may share one iterator.
+        size: Elements of a piece; the last one may be shorter.
 
     Raises:
         ValueError: The tensors differ in length, or the weights in number.
@@ -91,4 +101,4 @@ def mean_into(
     addresses = tuple(value.data_ptr() for value in values)
     target, factors = mean.data_ptr(), tuple(weights)
     for first in firsts:
-        _sums.mean(target, addresses, factors, whole, first, min(first + PIECE, count))
+        _sums.mean(target, addresses, factors, whole, first, min(first + size, count))

@@ -52,7 +52,9 @@ def assert_same_bits(found, expected):
 
 @needs_it
 @given(
-    st.one_of(st.lists(rows, min_size=1, max_size=20), st.lists(fractions, min_size=1, max_size=20)),
+    st.one_of(
+        st.lists(rows, min_size=1, max_size=20), st.lists(fractions, min_size=1, max_size=20)
+    ),
     lengths,
     st.integers(0, 2**32 - 1),
     st.integers(0, 15),
@@ -65,6 +67,17 @@ def test_a_mean_has_the_bits_of_torch(weights, length, seed, offset, threads):
     found, expected = torch.full((length,), 7.0), torch.full((length,), 8.0)
     averaging._fill_compiled(found, values, threads)
     averaging._fill_in_torch(expected, values, threads)
+    assert_same_bits(found, expected)
+
+
+@needs_it
+def test_a_long_mean_whose_threads_take_whole_pages_has_the_bits_of_torch():
+    length = 4 * 2**19 + 3
+    assert compiled.pieces(length).step == 2**19
+    values = list(zip(vectors(2, length, 0, 1), (0.1, 3.0), strict=True))
+    found, expected = torch.full((length,), 7.0), torch.full((length,), 8.0)
+    averaging._fill_compiled(found, values, 2)
+    averaging._fill_in_torch(expected, values, 2)
     assert_same_bits(found, expected)
 
 
@@ -145,6 +158,7 @@ class Own(torch.Tensor):
         torch.ones(4, device="meta"),
         torch.ones(4).as_subclass(Own),
         torch.ones(4).to_sparse(),
+        torch.ones(4).to_mkldnn(),
         torch._neg_view(torch.ones(4)),  # its memory holds the negative of its values
         torch.frombuffer(bytearray(20), dtype=torch.float32, count=4, offset=1),
     ],
@@ -192,12 +206,12 @@ def test_sums_that_are_not_as_they_should_be_are_refused(total):
 def test_vectors_of_other_lengths_and_missing_weights_are_refused():
     mean = torch.zeros(4)
     with pytest.raises(ValueError, match="not all vectors have the 4 elements"):
-        compiled.mean_into(mean, [torch.ones(4), torch.ones(3)], [1.0, 1.0], 2.0, [0])
+        compiled.mean_into(mean, [torch.ones(4), torch.ones(3)], [1.0, 1.0], 2.0, [0], 4)
     for values, weights in [([torch.ones(4)], [1.0, 1.0]), ([], [])]:
         with pytest.raises(ValueError, match="give at least one, and a weight for each"):
-            compiled.mean_into(mean, values, weights, 2.0, [0])
+            compiled.mean_into(mean, values, weights, 2.0, [0], 4)
     with pytest.raises(ValueError, match="no range of elements: 8 to 4"):
-        compiled.mean_into(mean, [torch.ones(4)], [1.0], 1.0, [8])
+        compiled.mean_into(mean, [torch.ones(4)], [1.0], 1.0, [8], 4)
     assert mean.tolist() == [0.0] * 4
 
 
