@@ -47,7 +47,7 @@ def benchmark(quick: bool) -> list[Row]:
     title = f"{count} models of {numel / 1e6:g} M"
     return [
         row(f"{title}: read by a sum", "GB/s", speeds["read"]),
-        row("  sums: 1 compiled, 0 torch's", "", [float(COMPILED)]),
+        row("  the sums are compiled (0: torch forms them)", "x", [float(COMPILED)]),
         row("  weighted mean, weights are numbers of rows", "GB/s", speeds["whole"]),
         ratio("    / read by a sum", speeds["whole"], speeds["read"]),
         row("  weighted mean, weights are fractions", "GB/s", speeds["share"]),
