@@ -12,6 +12,7 @@ from torch import nn
 
 import fedproc as fp
 from benchmarks.measure import Row, main, paired, ratio, row, seconds_of
+from fedproc.client.compiled import COMPILED
 
 
 class Flat(nn.Module):
@@ -46,6 +47,7 @@ def benchmark(quick: bool) -> list[Row]:
     title = f"{count} models of {numel / 1e6:g} M"
     return [
         row(f"{title}: read by a sum", "GB/s", speeds["read"]),
+        row("  the sums are compiled (0: torch forms them)", "x", [float(COMPILED)]),
         row("  weighted mean, weights are numbers of rows", "GB/s", speeds["whole"]),
         ratio("    / read by a sum", speeds["whole"], speeds["read"]),
         row("  weighted mean, weights are fractions", "GB/s", speeds["share"]),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from fedproc.client.compiled import COMPILED
 from fedproc.memory.pages import usable_cores
 
 GIB = 2**30
@@ -97,6 +98,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
         "fedproc": importlib.metadata.version("fedproc"),
+        "compiled_sums": COMPILED,
         "commit": commit(),
     }
 

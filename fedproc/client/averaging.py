@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fedproc.client import compiled
 from fedproc.client.weighing import add_weighted, exact_product
 from fedproc.memory.copying import fresh, side_by_side
 
@@ -191,6 +192,22 @@ def _mean(values: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
         threads, mean = torch.get_num_threads(), fresh(flat.nbytes).view(flat.dtype)
     else:
         threads, mean = 1, torch.empty_like(flat, device=device)
+    if compiled.fits(mean) and all(compiled.fits(value) for value, _ in values):
+        _fill_compiled(mean, values, threads)
+    else:
+        _fill_in_torch(mean, values, threads)
+    return mean
+
+
+def _fill_compiled(mean: Tensor, values: list[tuple[Tensor, float]], threads: int) -> None:
+    """The mean by compiled code; a thread that has time takes the next piece."""
+    vectors, weights = zip(*values, strict=True)
+    task, pieces = (mean, vectors, weights, _sum(weights)), compiled.pieces(len(mean))
+    side_by_side(compiled.mean_into, [(*task, first, pieces.step) for first in pieces], threads)
+
+
+def _fill_in_torch(mean: Tensor, values: list[tuple[Tensor, float]], threads: int) -> None:
+    """The same mean by torch; each thread has its share of the pieces."""
     size = _SHARED_PIECE if threads > 1 else _PIECE
     pieces = [torch.split(value, size) for value, _ in values]
     weights = [weight for _, weight in values]
@@ -198,7 +215,6 @@ def _mean(values: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
     places = range(len(parts))
     shares = [places[thread::threads] for thread in range(min(threads, len(places)))]
     side_by_side(_fill, [(parts, pieces, weights, share) for share in shares], threads)
-    return mean
 
 
 def _fill(

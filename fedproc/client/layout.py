@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 from torch.nn.parameter import is_lazy
 
+from fedproc.memory.copying import fresh
 from fedproc.memory.lending import lendable
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Layout:
 
     def new_block(self) -> Tensor:
         """Allocates a block: uint8, shape (nbytes,), zeros."""
-        return torch.zeros(self.nbytes, dtype=torch.uint8)
+        return fresh(self.nbytes).zero_()
 
     def new_blocks(self, count: int, *, secret: bool = False) -> Tensor:
         """Allocates blocks as rows: uint8, shape (count, at least nbytes), zeros, rows aligned.
@@ -182,7 +183,12 @@ class Layout:
 
     def flat_trained(self, block: Tensor) -> Tensor:
         """Returns the trained parameters of ``block`` as one float64 vector (a copy)."""
-        return torch.cat([part.view(block).double() for part in self.of_kind("trained")])
+        vector = fresh(self.trained_numel * 8).view(torch.float64)
+        trained = self.of_kind("trained")
+        pieces = vector.split_with_sizes([part.numel for part in trained])
+        for part, piece in zip(trained, pieces, strict=True):
+            piece.copy_(part.view(block))
+        return vector
 
     def non_finite(self, slot: Slot) -> str | None:
         """Says where a floating value of ``slot`` is NaN or infinite, or returns None."""

@@ -1,4 +1,7 @@
-"""Weighted sums in float64: each product and each sum is rounded by itself.
+"""Weighted sums in float64, in torch: each product and each sum is rounded by itself.
+
+What :mod:`fedproc.client.compiled` does not do: values that are not float32, or all of them where
+it was not built.
 
 Runs in parent and workers. Multiply and add fused into one operation would round once, and
 differently in torch's vector and scalar code: an element's value would depend on its place. But a

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from fedproc.client import compiled
 from fedproc.client.weighing import add_weighted, exact_product
+from fedproc.memory.copying import fresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from fedproc.client.layout import Layout, Section
 
-# Elements that are folded at a time: the product (512 KiB) stays in the cache until it is added.
+# Elements that torch folds at a time: the product (512 KiB) stays in the cache until it is added.
 _CHUNK: Final = 65536
 
 
@@ -30,30 +32,41 @@ class WeightedMean:
 
     def __init__(self, numel: int) -> None:
         """Starts with nothing added."""
-        self._sum = torch.zeros(numel, dtype=torch.float64)
+        self._sum = fresh(numel * 8).view(torch.float64)
         self._weight = 0.0
-        self._is_long = numel > _CHUNK
-        # Where each part of a vector is added, and room for its product: small models spend more
-        # time on making such views than on the sums.
-        self._targets: list[tuple[Tensor, Tensor]] = []
+        self._is_empty = True
+        # Where each piece of a vector is added: small models spend more time on making such views
+        # than on the sums.
+        self._totals: tuple[Tensor, ...] = ()
+        self._room = torch.empty(0, dtype=torch.float64)
 
     def add(self, pieces: Sequence[Tensor], weight: float) -> None:
         """Adds ``weight`` times the concatenation of ``pieces``."""
-        parts = pieces
-        if self._is_long:
-            parts = [part for piece in pieces for part in torch.split(piece, _CHUNK)]
-        if not self._targets:
-            sizes = [part.numel() for part in parts]
-            room = torch.empty(max(sizes), dtype=torch.float64)
-            totals = torch.split(self._sum, sizes)
-            self._targets = [(total, room[: total.numel()]) for total in totals]
-        for part, (total, room) in zip(parts, self._targets, strict=True):
-            add_weighted(total, part, weight, room, exact=exact_product(weight, part.dtype))
+        if self._is_empty:
+            self._totals = torch.split(self._sum, [piece.numel() for piece in pieces])
+        for piece, total in zip(pieces, self._totals, strict=True):
+            if compiled.fits(piece):
+                compiled.add(total, piece, weight, first=self._is_empty)
+            else:
+                self._add_in_torch(total, piece, weight)
         self._weight += weight
+        self._is_empty = False
+
+    def _add_in_torch(self, total: Tensor, piece: Tensor, weight: float) -> None:
+        if self._is_empty:
+            total.zero_()
+        exact, size = exact_product(weight, piece.dtype), min(piece.numel(), _CHUNK)
+        if len(self._room) < size:
+            self._room = torch.empty(size, dtype=torch.float64)
+        parts = zip(torch.split(piece, _CHUNK), torch.split(total, _CHUNK), strict=True)
+        for values, part in parts:
+            add_weighted(part, values, weight, self._room[: len(part)], exact=exact)
 
     def result(self) -> Tensor:
-        """Returns the mean of what was added: float64, shape (numel,)."""
-        return self._sum / self._weight
+        """Returns the mean of what was added: float64, shape (numel,). Call it once, at the end."""
+        if self._is_empty:
+            self._sum.zero_()
+        return self._sum.div_(self._weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedproc.client import compiled
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,7 +47,11 @@ class PrivateFold:
         """Adds the clipped change of one client; ``block`` may be reused afterwards."""
         place = 0
         for section in self._layout.of_kind("trained"):
-            self._sum[place : place + section.numel].add_(section.view(block))
+            total, change = self._sum[place : place + section.numel], section.view(block)
+            if compiled.fits(change):
+                compiled.add(total, change, 1.0, first=False)
+            else:
+                total.add_(change)
             place += section.numel
 
     def add_sum(self, changes: Tensor) -> None:

@@ -45,7 +45,7 @@ def both(*arguments: str) -> tuple[str, list[str]]:
         ("start", 7),
         ("overlap", 5),
         ("tensors", 12),
-        ("average", 5),
+        ("average", 6),
         ("threads", 12),
         ("pointers", 9),
         ("soak", 18),

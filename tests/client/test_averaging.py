@@ -10,10 +10,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedproc.client import averaging
+from fedproc.client import averaging, compiled
 from fedproc.client.averaging import average_modules
 
 nan, inf = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True, params=sorted({compiled.COMPILED, False}))
+def is_compiled(request, monkeypatch):
+    """Every promise holds with the compiled sums and without them."""
+    monkeypatch.setattr(compiled, "COMPILED", request.param)
+    return request.param
 
 
 class Holder(nn.Module):
@@ -314,7 +321,7 @@ def test_a_module_without_tensors():
     assert isinstance(average_modules([nn.ReLU(), nn.ReLU()]), nn.ReLU)
 
 
-def test_memory_is_bounded_by_one_parameter_in_float64():
+def test_memory_is_bounded_by_one_parameter_in_float64(is_compiled):
     class Watch(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -332,7 +339,8 @@ def test_memory_is_bounded_by_one_parameter_in_float64():
     models = [nn.Linear(1000, 600) for _ in range(4)]
     with Watch() as watch:
         average_modules(models, [1, 2, 3, 4])
-    assert 0 < watch.peak_bytes <= 600_000 * 8
+    # torch makes its sums here; the compiled ones lie on the stack
+    assert watch.peak_bytes == 0 if is_compiled else 0 < watch.peak_bytes <= 600_000 * 8
 
 
 # ---------------------------------------------------------------- what is refused
