@@ -12,14 +12,22 @@ _FOREIGN = (
     "/torch/functional.py",
     "/torch/nn/functional.py",
 )
-_known: dict[CodeType, bool] = {}
+_known: dict[str, bool] = {}  # file: whether it is ours
 
 
 class Site(NamedTuple):
-    """A line of code."""
+    """An instruction; the line it is on is looked for when somebody wants to see it."""
 
     code: CodeType | None
-    line: int
+    instruction: int
+
+    @property
+    def line(self) -> int:
+        """The line, 0 if there is none."""
+        for start, end, line in () if self.code is None else self.code.co_lines():
+            if start <= self.instruction < end and line is not None:
+                return line
+        return 0
 
     def __str__(self) -> str:
         """``file:line in function``."""
@@ -43,12 +51,11 @@ def caller() -> Site:
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        ours = _known.get(code)
+        file = code.co_filename
+        ours = _known.get(file)
         if ours is None:
-            file = code.co_filename
-            ours = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
-            _known[code] = ours
+            ours = _known[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
         if not ours:
-            return _new(Site, (code, frame.f_lineno))
+            return _new(Site, (code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return _NOWHERE

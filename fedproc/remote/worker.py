@@ -19,7 +19,7 @@ from fedproc.remote.moving import warn_cut
 from fedproc.remote.object import ObjectPointer
 from fedproc.remote.operations import function_name
 from fedproc.remote.pending import PendingPointer
-from fedproc.remote.pointer import Pointer, make, owned
+from fedproc.remote.pointer import KINDS, Pointer, make, owned
 from fedproc.remote.site import caller
 from fedproc.remote.stalls import STACK_SECONDS, stack
 from fedproc.remote.tensor import TensorPointer
@@ -212,7 +212,7 @@ class Worker:
             if handle is None:
                 handle = Handle(self.link, oid)
             handle.facts, handle.facts_at = told, self.link.outbox.writes
-            found.append(make(KINDS[told["kind"]], handle, None))
+            found.append(make(KINDS[told["kind"]], handle, owner=False))
         return found
 
     def clear(self) -> "Worker":
@@ -246,13 +246,6 @@ class Worker:
         if self.link.end is not None:
             return f"<Worker {self.name} (gone)>"
         return f"<Worker {self.name} pid={self.pid} pending={self.link.inbox.unanswered()}>"
-
-
-KINDS: dict[str, type[Pointer]] = {
-    "tensor": TensorPointer,
-    "module": ModulePointer,
-    "object": ObjectPointer,
-}
 
 
 def put(
