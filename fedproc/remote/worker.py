@@ -9,7 +9,7 @@ from torch import nn
 
 from fedproc.errors import PlacementError
 from fedproc.remote.calls import run_there
-from fedproc.remote.encode import Outgoing
+from fedproc.remote.encode import Outgoing, sent_as
 from fedproc.remote.group import PointerGroup
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
@@ -17,7 +17,6 @@ from fedproc.remote.message import plain
 from fedproc.remote.module import ModulePointer
 from fedproc.remote.moving import warn_cut
 from fedproc.remote.object import ObjectPointer
-from fedproc.remote.operations import function_name
 from fedproc.remote.pending import PendingPointer
 from fedproc.remote.pointer import KINDS, Pointer, make, owned
 from fedproc.remote.site import caller
@@ -170,14 +169,16 @@ class Worker:
             PlacementError: a pointer to another worker, or a pointer beside a local tensor.
             NotShippableError: something cannot be pickled.
         """
-        pointer = issubclass(type(fn), Pointer)
-        if not pointer and not callable(fn):
-            raise TypeError(f"run needs a function to run, not a {type(fn).__qualname__}: {fn!r}")
-        function = None if pointer else function_name(fn)
+        function, what = sent_as(fn)
         return run_there(
-            PendingPointer, function or fn, args, kwargs, what=_name_of(fn), link=self.link,
-            private=private,
-        )  # fmt: skip
+            PendingPointer,
+            function,
+            args,
+            kwargs,
+            what=what,
+            link=self.link,
+            private=bool(private),
+        )
 
     @property
     def objects(self) -> Mapping[int, ObjectInfo]:
@@ -279,7 +280,3 @@ def put(
         }
         handle.facts_at = link.outbox.writes
     return pointer
-
-
-def _name_of(fn: Any) -> str:
-    return str(getattr(fn, "__qualname__", None) or type(fn).__qualname__)
