@@ -46,7 +46,8 @@ def run_there(
         function, args, kwargs or {}, modes(), what=what, link=link, writes=writes,
         operation=operation, private=private, update=update,
     )  # fmt: skip
-    return owned(cls, target, target.submit(message, caller()))
+    # besides this function, the method of a pointer or worker that called it is ours
+    return owned(cls, target, target.submit(message, caller(3)))
 
 
 def order(

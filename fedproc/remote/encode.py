@@ -176,8 +176,8 @@ def encode_call(
 ) -> tuple[Link, Message]:
     """The message that runs ``function`` where the pointers among its arguments are."""
     flags = frames.KEEP if keep else 0
-    name = None if kwargs else _name_of(function)
-    flat = None if name is None else _flat(args, link)
+    name = function if type(function) is str else _name_of(function)
+    flat = None if kwargs or name is None else _flat(args, link)
     if flat is not None:
         link, args, ids = flat
         body = _head(name, modes, private, update, ids) + pickle.dumps(args, 5)
@@ -230,8 +230,6 @@ def sent_as(function: Any) -> tuple[Any, str]:
 
 def _name_of(function: Any) -> str | None:
     """The name that a function travels by, if it does."""
-    if type(function) is str:
-        return function
     return name_of_function(function) if type(function) in _FUNCTIONS else None
 
 

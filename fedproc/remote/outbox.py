@@ -127,10 +127,13 @@ class Outbox:
     def _dropped(self) -> list[int]:
         """Ids of dropped pointers, off the trash."""
         dropped: list[int] = []
-        while self.trash and len(dropped) < frames.MOST_FREES:
-            dropped.append(self.trash.popleft())
-            self.handles.pop(dropped[-1], None)  # whoever moves an object still needs its handles
-            self._inbox.failures.dropped(dropped[-1])
+        trash, forgotten = self.trash, self._inbox.failures.forgotten
+        while trash and len(dropped) < frames.MOST_FREES:
+            oid = trash.popleft()
+            dropped.append(oid)
+            self.handles.pop(oid, None)  # whoever moves an object still needs its handles
+            if forgotten:
+                forgotten.discard(oid)
         return dropped
 
     def remove(self, oid: int) -> None:

@@ -303,4 +303,8 @@ def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
     """A pointer that owns the new object ``oid``."""
     handle = Handle(link, oid)
     link.outbox.handles[oid] = weakref.ref(handle)
-    return make(cls, handle, owner=True)
+    pointer = _new(cls)  # as in ``make``: every command comes through here
+    _set_handle(pointer, handle)
+    _set_chain(pointer, None)
+    _set_owner(pointer, True)
+    return pointer

@@ -45,17 +45,19 @@ _NOWHERE = Site(None, 0)
 _new = tuple.__new__  # half the cost of calling the class, in every command
 
 
-def caller() -> Site:
-    """The innermost frame that is neither fedproc's nor torch's way to us."""
-    # Whoever calls us was called by a method of ours: it is cheaper not to look at these two.
-    frame = sys._getframe(2)
+def caller(ours: int = 2) -> Site:
+    """The innermost frame that is neither fedproc's nor torch's way to us.
+
+    ``ours``: frames that are ours for sure, from here up. It is cheaper not to look at them.
+    """
+    frame = sys._getframe(ours)
     while frame is not None:
         code = frame.f_code
         file = code.co_filename
-        ours = _known.get(file)
-        if ours is None:
-            ours = _known[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
-        if not ours:
+        known = _known.get(file)
+        if known is None:
+            known = _known[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
+        if not known:
             return _new(Site, (code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return _NOWHERE
