@@ -5,7 +5,6 @@ they belong to one, and that no local tensor is among them, is checked here: not
 silently.
 """
 
-import functools
 import pickle
 import types
 from collections.abc import Callable, Mapping
@@ -32,7 +31,6 @@ POINTER_TYPES: set[type] = set()
 
 _FLAT = frozenset({int, float, bool, str, bytes, type(None)})
 _FUNCTIONS = frozenset({types.FunctionType, types.BuiltinFunctionType})
-_HEADED = frames.PLAIN | frames.HEADED
 
 
 class Outgoing:
@@ -180,8 +178,8 @@ def encode_call(
     flat = None if kwargs or name is None else _flat(args, link)
     if flat is not None:
         link, args, ids = flat
-        body = _head(name, modes, private, update, ids) + pickle.dumps(args, 5)
-        return link, call_message(commands.Call, flags | _HEADED, body, what, writes)
+        body = pickle.dumps((name, args, {}, modes, private, update, ids), 5)
+        return link, call_message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
     fields = (function, args, kwargs, modes, private, update, ())
     message = outgoing.encode(commands.Call, fields, flags, writes=writes)
@@ -196,18 +194,12 @@ def encode_question(
     flat = None if kwargs else _flat(args, None)
     if flat is not None:
         link, args, ids = flat
-        body = _head(function, modes, ids) + pickle.dumps(args, 5)
-        return link, call_message(commands.Compute, _HEADED, body, what, False)
+        body = pickle.dumps((function, args, {}, modes, ids), 5)
+        return link, call_message(commands.Compute, frames.PLAIN, body, what, False)
     outgoing = Outgoing(what, None, operation=True)
     message = outgoing.encode(commands.Compute, (function, args, kwargs, modes, ()), 0)
     assert outgoing.link is not None, "a question needs a pointer"
     return outgoing.link, message
-
-
-@functools.lru_cache(maxsize=4096)
-def _head(*fields: Any) -> bytes:
-    """The head of a call: its fields but for the arguments. A program has few, used often."""
-    return frames.as_head(pickle.dumps(fields, 5))
 
 
 def sent_as(function: Any) -> tuple[Any, str]:

@@ -34,13 +34,10 @@ WHOLE = 1 << 63
 
 EXPORTED = 32
 """Flag of an answer: its blocks are held until ``Release``."""
-HEADED = 64
-"""Flag of a call: its body is a head and arguments, each a pickle of its own. See ``with_head``."""
 
 _pack_header = HEADER.pack
 _COUNT = struct.Struct("<H")
 _ONE_ID = struct.Struct("<HQ")
-_LENGTH = struct.Struct("<I")
 
 
 class ProtocolError(Exception):
@@ -83,20 +80,6 @@ def split_frees(body: bytes) -> tuple[tuple[int, ...], bytes]:
         return _ONE_ID.unpack_from(body)[1:], body[_ONE_ID.size :]
     start = _COUNT.size + 8 * count
     return struct.unpack_from(f"<{count}Q", body, _COUNT.size), body[start:]
-
-
-def as_head(head: bytes) -> bytes:
-    """What a body begins with whose frame has the flag ``HEADED``; the arguments follow.
-
-    The head is what is the same in every call of a function: both sides can keep it.
-    """
-    return _LENGTH.pack(len(head)) + head
-
-
-def split_head(body: bytes) -> tuple[bytes, bytes]:
-    """The head of a body, and the arguments."""
-    stop = _LENGTH.size + _LENGTH.unpack_from(body)[0]
-    return body[_LENGTH.size : stop], body[stop:]
 
 
 def unpack(data: bytes, start: int) -> Iterator[tuple[Frame, int]]:

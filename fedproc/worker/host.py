@@ -3,7 +3,6 @@
 Runs in the worker. A ``Host`` belongs to one thread: the one that runs the loop.
 """
 
-import functools
 import io
 import os
 import pickle
@@ -39,9 +38,6 @@ from fedproc.worker.store import Entry, ObjectStore, PoisonedError
 
 PARENT = "<parent>"
 """Name of the parent's arena."""
-
-# Of a worker that runs whatever it is sent: names and numbers, which nobody can change.
-_head = functools.lru_cache(maxsize=4096)(pickle.loads)
 
 
 class Host:
@@ -88,18 +84,10 @@ class Host:
                     self.store.free(oid)
         else:
             body = frame.body
-        flags = frame.flags
-        if flags & frames.HEADED:
-            head, args = frames.split_head(body)
-            if self.registered is None:
-                known = _head(head)
-                return known[0], pickle.loads(args), {}, *known[1:]
-            known = self.load(head, flags, PARENT)
-            return known[0], self.load(args, flags, PARENT), {}, *known[1:]
-        if flags & frames.PLAIN and self.registered is None:
+        if frame.flags & frames.PLAIN and self.registered is None:
             fields: tuple[Any, ...] = pickle.loads(body)
             return fields
-        return tuple(self.load(body, flags, PARENT))
+        return tuple(self.load(body, frame.flags, PARENT))
 
     def load(self, body: bytes, flags: int, source: str) -> Any:
         """Unpickle ``body``; its tensors lie in the arena named ``source``."""
