@@ -11,6 +11,7 @@ from fedproc.remote import reading
 from fedproc.remote.context import modes
 from fedproc.remote.encode import encode_call, encode_question
 from fedproc.remote.link import Link
+from fedproc.remote.making import owned
 from fedproc.remote.message import plain
 from fedproc.remote.operations import (
     REFUSED,
@@ -23,7 +24,7 @@ from fedproc.remote.operations import (
     unknown_count,
 )
 from fedproc.remote.operators import SYMBOLS
-from fedproc.remote.pointer import KINDS, AnyPointer, Pointer, owned
+from fedproc.remote.pointer import KINDS, AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from fedproc.errors import PlacementError
 from fedproc.remote.handle import Handle
+from fedproc.remote.making import make
 from fedproc.remote.message import plain
 from fedproc.remote.moving import move
-from fedproc.remote.pointer import AnyPointer, Pointer, make
+from fedproc.remote.pointer import AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
 

@@ -7,7 +7,6 @@ operations on it run where the data is.
 """
 
 import contextlib
-import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,7 +19,6 @@ from fedproc.errors import (
 from fedproc.remote import reading
 from fedproc.remote.encode import POINTER_TYPES
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import Link
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -281,30 +279,3 @@ class Pointer(metaclass=Kind):
             facts = self._handle.facts
             parts.append(f"{tuple(facts['shape'])} {str(facts['dtype']).removeprefix('torch.')}")
         return f"<{' '.join(parts)}>"
-
-
-def make(cls: type[AnyPointer], handle: Handle, owner: "bool | Pointer") -> AnyPointer:
-    """A pointer of class ``cls``."""
-    pointer = _new(cls)
-    # past __setattr__ of pending pointers, which makes up its mind about every name
-    _set_handle(pointer, handle)
-    _set_chain(pointer, None)
-    _set_owner(pointer, owner)
-    return pointer
-
-
-_new = object.__new__
-_set_handle = Pointer.__dict__["_handle"].__set__
-_set_owner = Pointer.__dict__["_owner"].__set__
-_set_chain = Pointer.__dict__["_chain"].__set__
-
-
-def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
-    """A pointer that owns the new object ``oid``."""
-    handle = Handle(link, oid)
-    link.outbox.handles[oid] = weakref.ref(handle)
-    pointer = _new(cls)  # as in ``make``: every command comes through here
-    _set_handle(pointer, handle)
-    _set_chain(pointer, None)
-    _set_owner(pointer, True)
-    return pointer

@@ -13,12 +13,13 @@ from fedproc.remote.encode import Outgoing, sent_as
 from fedproc.remote.group import PointerGroup
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
+from fedproc.remote.making import make, owned
 from fedproc.remote.message import plain
 from fedproc.remote.module import ModulePointer
 from fedproc.remote.moving import warn_cut
 from fedproc.remote.object import ObjectPointer
 from fedproc.remote.pending import PendingPointer
-from fedproc.remote.pointer import KINDS, Pointer, make, owned
+from fedproc.remote.pointer import KINDS, Pointer
 from fedproc.remote.site import caller
 from fedproc.remote.stalls import STACK_SECONDS, stack
 from fedproc.remote.tensor import TensorPointer
