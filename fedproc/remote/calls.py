@@ -10,8 +10,8 @@ from fedproc.errors import PlacementError
 from fedproc.remote import reading
 from fedproc.remote.context import modes
 from fedproc.remote.encode import encode_call, encode_question
-from fedproc.remote.handle import Handle, Owner
 from fedproc.remote.link import Link
+from fedproc.remote.making import owned
 from fedproc.remote.message import plain
 from fedproc.remote.operations import (
     REFUSED,
@@ -24,7 +24,7 @@ from fedproc.remote.operations import (
     unknown_count,
 )
 from fedproc.remote.operators import SYMBOLS
-from fedproc.remote.pointer import AnyPointer, Pointer, make, owned
+from fedproc.remote.pointer import KINDS, AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
 
@@ -47,10 +47,8 @@ def run_there(
         function, args, kwargs or {}, modes(), what=what, link=link, writes=writes,
         operation=operation, private=private, update=update,
     )  # fmt: skip
-    oid = target.submit(message, caller())
-    handle = Handle(target, oid)
-    target.note(handle)
-    return make(cls, handle, Owner(handle))
+    # besides this function, the method of a pointer or worker that called it is ours
+    return owned(cls, target, target.submit(message, caller(3)))
 
 
 def order(
@@ -96,16 +94,11 @@ def operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation of torch on pointers: an operator, a method or a function."""
     if kwargs or not gives_one_tensor(name):
         return _operate_by_rules(name, args, kwargs)
-    from fedproc.remote.tensor import TensorPointer
-
     shown = SYMBOLS.get(name, name)
-    return run_there(TensorPointer, name, args, what=shown, writes=False, operation=True)
+    return run_there(KINDS["tensor"], name, args, what=shown, writes=False, operation=True)
 
 
 def _operate_by_rules(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from fedproc.remote.pending import PendingPointer
-    from fedproc.remote.tensor import TensorPointer
-
     if answers_plainly(name, args, kwargs):
         return compute(name, args, kwargs, what=name)
     writes = may_write(name, kwargs)
@@ -123,7 +116,7 @@ def _operate_by_rules(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if structure is not None:
         return _several(structure, name, args, kwargs, writes=writes)
     uncertain = unknown_count(name, args, kwargs)
-    cls: type[Pointer] = PendingPointer if uncertain else TensorPointer
+    cls = KINDS["pending" if uncertain else "tensor"]
     shown = SYMBOLS.get(name, name)
     return run_there(cls, name, args, kwargs, what=shown, writes=writes, operation=True)
 
@@ -136,12 +129,9 @@ def _several(
     *,
     writes: bool,
 ) -> Any:
-    from fedproc.remote.object import ObjectPointer
-    from fedproc.remote.tensor import TensorPointer
-
-    whole = run_there(ObjectPointer, name, args, kwargs, what=name, writes=writes, operation=True)
+    whole = run_there(KINDS["object"], name, args, kwargs, what=name, writes=writes, operation=True)
     count = structure if isinstance(structure, int) else structure.n_sequence_fields
-    parts = tuple(part(TensorPointer, whole, (place,)) for place in range(count))
+    parts = tuple(part(KINDS["tensor"], whole, (place,)) for place in range(count))
     return parts if isinstance(structure, int) else structure(parts)
 
 

@@ -8,10 +8,11 @@ has the data. The worker in the middle keeps a record, the *slot*. Only ``get``,
 from typing import TYPE_CHECKING
 
 from fedproc.errors import PlacementError
-from fedproc.remote.handle import Handle, Owner
+from fedproc.remote.handle import Handle
+from fedproc.remote.making import make
 from fedproc.remote.message import plain
 from fedproc.remote.moving import move
-from fedproc.remote.pointer import AnyPointer, Pointer, make
+from fedproc.remote.pointer import AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
 
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
 class Slot:
     """The place a chain takes: the pointer it was made from, and its record in a worker."""
 
-    __slots__ = ("handle", "inner", "owner")
+    __slots__ = ("filled", "handle", "inner")
 
     def __init__(self, inner: "Pointer", handle: Handle) -> None:
         """``handle``: of the record."""
         self.inner = inner
         self.handle = handle
-        self.owner = Owner(handle)
+        self.filled = False  # the object itself took the place of the record
+
+    def __del__(self) -> None:
+        """Free the record."""
+        if not self.filled:
+            self.handle.drop()
 
 
 def chain(pointer: AnyPointer, worker: "Worker") -> AnyPointer:
@@ -45,7 +51,7 @@ def chain(pointer: AnyPointer, worker: "Worker") -> AnyPointer:
     handle.link.ask(plain(question, "send"), caller())
     record = commands.Slot(place.link.name, place.oid)
     number = worker.link.submit(plain(record, "send"), caller())
-    made = make(type(pointer), handle, pointer._owner)
+    made = make(type(pointer), handle, pointer)
     made._chain = Slot(pointer, Handle(worker.link, number))
     return made
 
@@ -61,7 +67,7 @@ def take_apart(pointer: Pointer) -> Pointer:
         f"this chain on worker {slot.handle.link.name!r} was taken apart with get(): use the "
         "pointer that get() returned."
     )
-    pointer._chain, pointer._handle, pointer._owner = None, gone, None
+    pointer._chain, pointer._handle, pointer._owner = None, gone, False
     return slot.inner
 
 
@@ -84,6 +90,6 @@ def pull(pointer: AnyPointer) -> AnyPointer:
         slot.inner = outer.inner
         return pointer
     move(pointer._handle, slot.handle.link, slot=slot.handle.oid)
-    slot.owner.disown()
+    slot.filled = True
     pointer._chain = None
     return pointer

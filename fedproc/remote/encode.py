@@ -18,8 +18,9 @@ from fedproc.errors import FedprocError, NotShippableError, PlacementError
 from fedproc.memory.tensors import Exporter, Packer
 from fedproc.remote.link import Link
 from fedproc.remote.message import Message, call_message
+from fedproc.remote.operations import function_name
 from fedproc.wire import commands, frames
-from fedproc.wire.code import name_of_function
+from fedproc.wire.code import kept_name, name_of_function
 from fedproc.wire.codec import Encoder
 
 if TYPE_CHECKING:
@@ -173,11 +174,12 @@ def encode_call(
 ) -> tuple[Link, Message]:
     """The message that runs ``function`` where the pointers among its arguments are."""
     flags = frames.KEEP if keep else 0
-    name = None if kwargs else _name_of(function)
-    flat = None if name is None else _flat(args, link)
+    name = function if type(function) is str else _name_of(function)
+    flat = None if kwargs or name is None else _flat(args, link)
     if flat is not None:
-        body = pickle.dumps((name, flat[1], {}, modes, private, update, flat[2]), protocol=5)
-        return flat[0], call_message(commands.Call, flags | frames.PLAIN, body, what, writes)
+        link, args, ids = flat
+        body = pickle.dumps((name, args, {}, modes, private, update, ids), 5)
+        return link, call_message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
     fields = (function, args, kwargs, modes, private, update, ())
     message = outgoing.encode(commands.Call, fields, flags, writes=writes)
@@ -191,18 +193,35 @@ def encode_question(
     """The message that runs ``function`` where its pointers are and answers with the result."""
     flat = None if kwargs else _flat(args, None)
     if flat is not None:
-        body = pickle.dumps((function, flat[1], {}, modes, flat[2]), protocol=5)
-        return flat[0], Message(commands.Compute, frames.PLAIN, body, what)
+        link, args, ids = flat
+        body = pickle.dumps((function, args, {}, modes, ids), 5)
+        return link, call_message(commands.Compute, frames.PLAIN, body, what, False)
     outgoing = Outgoing(what, None, operation=True)
     message = outgoing.encode(commands.Compute, (function, args, kwargs, modes, ()), 0)
     assert outgoing.link is not None, "a question needs a pointer"
     return outgoing.link, message
 
 
+def sent_as(function: Any) -> tuple[Any, str]:
+    """What stands for a function in a message, its name if it has one, and what errors call it.
+
+    Raises:
+        TypeError: it is no function, and nothing else that can be called.
+    """
+    kind = type(function)
+    known = kept_name(function) if kind in _FUNCTIONS else None
+    if known is not None:
+        return known
+    if kind in POINTER_TYPES:
+        return function, kind.__qualname__
+    if not callable(function):
+        raise TypeError(f"run needs a function to run, not a {kind.__qualname__}: {function!r}")
+    shown = str(getattr(function, "__qualname__", None) or kind.__qualname__)
+    return function_name(function) or _name_of(function) or function, shown
+
+
 def _name_of(function: Any) -> str | None:
     """The name that a function travels by, if it does."""
-    if type(function) is str:
-        return function
     return name_of_function(function) if type(function) in _FUNCTIONS else None
 
 
@@ -215,18 +234,18 @@ def _flat(
     runs, None: where its pointers are.
     """
     found: list[Any] = []
-    places: list[int] = []
-    for place, arg in enumerate(args):
+    places: tuple[int, ...] = ()
+    for arg in args:
         kind = type(arg)
         if kind in _FLAT:
             found.append(arg)
         elif kind in POINTER_TYPES:
-            handle = arg._data()
+            handle = arg._handle
             if handle.gone is not None or (link is not None and link is not handle.link):
                 return None  # the general way raises the error
             link = handle.link
+            places = (*places, len(found))
             found.append(handle.oid)
-            places.append(place)
         else:
             return None
-    return None if link is None else (link, tuple(found), tuple(places))
+    return None if link is None else (link, tuple(found), places)

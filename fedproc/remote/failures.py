@@ -24,7 +24,8 @@ class Failures:
         self._causes: dict[int, int] = {}
         self._sites: dict[int, Site] = {}
         self._seen: deque[int] = deque()
-        self._forgotten: set[int] = set()  # failed and seen long ago, and somebody may ask again
+        # Failed and seen long ago, and somebody holds the result and may ask again.
+        self.forgotten: set[int] = set()
 
     def add(self, number: int, site: Site, cause: int, failure: tuple[Any, ...] | None) -> None:
         """A command without an answer has failed, by itself or by a cause; may be told twice."""
@@ -53,13 +54,9 @@ class Failures:
             "its error was raised then."
         )
 
-    def dropped(self, number: int) -> None:
-        """Nobody holds the result of command ``number`` any more."""
-        self._forgotten.discard(number)
-
     def failed(self, number: int) -> bool:
         """Whether command ``number`` failed."""
-        return any(number in failed for failed in (self._known, self._causes, self._forgotten))
+        return any(number in failed for failed in (self._known, self._causes, self.forgotten))
 
     def raise_for(self, number: int) -> None:
         """Raise the failure of command ``number``, if it failed: the first cause."""
@@ -72,9 +69,9 @@ class Failures:
                 old = self._seen.popleft()
                 if old not in self._seen and old in self._known:
                     del self._known[old]
-                    self._forgotten.add(old)
+                    self.forgotten.add(old)
             raise error
-        if number in self._forgotten:
+        if number in self.forgotten:
             raise self._long_ago(number)
 
     def unseen(self) -> Iterator[tuple[int, Callable[[], None]]]:

@@ -1,7 +1,7 @@
-"""The parent's record of a remote object, and who owns it. Runs in the parent.
+"""The parent's record of a remote object. Runs in the parent.
 
 A ``Handle`` says where an object is; all pointers to the object share it, so when it moves they
-follow. An ``Owner`` frees the object when the last owning pointer is gone.
+follow.
 """
 
 import weakref
@@ -16,34 +16,21 @@ if TYPE_CHECKING:
 class Handle:
     """Where an object is, and what is known of it."""
 
-    __slots__ = (
-        "__weakref__",
-        "facts",
-        "facts_at",
-        "gone",
-        "labels",
-        "link",
-        "number",
-        "oid",
-        "parts",
-        "path",
-        "taken",
-        "whole",
-    )
+    # What most handles never hold stands here: every command makes one.
+    gone: str | None = None  # why it cannot be used any more
+    taken = False  # a thread is bringing it home
+    facts: dict[str, Any] | None = None  # kind, shape ... as last told
+    facts_at = -1  # link.outbox.writes when they were
+    labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
+    whole: "Handle | None" = None  # of what this is a part, and where in it
+    path: tuple[Any, ...] = ()
+    parts: "weakref.WeakSet[Handle] | None" = None  # handles of parts that are held
 
     def __init__(self, link: "Link", oid: int) -> None:
         """Object ``oid`` of the worker behind ``link``."""
         self.link = link
         self.oid = oid
         self.number = oid  # of the command that makes it
-        self.gone: str | None = None  # why it cannot be used any more
-        self.taken = False  # a thread is bringing it home
-        self.facts: dict[str, Any] | None = None  # kind, shape ... as last told
-        self.facts_at = -1  # link.outbox.writes when they were
-        self.labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
-        self.whole: Handle | None = None  # of what this is a part, and where in it
-        self.path: tuple[Any, ...] = ()
-        self.parts: weakref.WeakSet[Handle] | None = None  # handles of parts that are held
 
     def is_part_of(self, other: "Handle", path: tuple[Any, ...]) -> None:
         """Follow ``other`` (or what that is itself a part of) when it moves."""
@@ -85,26 +72,11 @@ class Handle:
         self.facts_at = -1  # a cut graph changes requires_grad and is_leaf
         link.note(self)
 
+    def drop(self) -> None:
+        """Nobody needs the object any more: note its id.
 
-class Owner:
-    """Frees its object when it dies. Pointers found by a search have none."""
-
-    __slots__ = ("__weakref__", "handle")
-
-    def __init__(self, handle: Handle) -> None:
-        """Own the object of ``handle``, wherever it moves."""
-        self.handle: Handle | None = handle
-
-    def disown(self) -> None:
-        """The object is gone, or somebody else's."""
-        self.handle = None
-
-    def __del__(self) -> None:
-        """Note the id.
-
-        Nothing else is allowed here: a finalizer runs in any thread, in the middle of anything,
-        and one that locks or writes has deadlocked every system that had it.
+        Called by finalizers, so nothing else is allowed here: they run in any thread, in the middle
+        of anything, and one that locks or writes has deadlocked every system that had it.
         """
-        handle = self.handle
-        if handle is not None and handle.gone is None:
-            handle.link.trash.append(handle.oid)
+        if self.gone is None:
+            self.link.trash.append(self.oid)

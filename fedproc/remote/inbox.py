@@ -32,14 +32,11 @@ class Inbox:
         self._release = release
         self._answers: dict[int, Frame] = {}
         self._abandoned: set[int] = set()
-        self._sites: deque[tuple[int, Site, str]] = deque()
+        # Number, place and name of the commands on their way; whoever submits one adds it.
+        self.expected: deque[tuple[int, Site, str]] = deque()
         self._exporters: deque[tuple[int, Exporter]] = deque()
 
     # ---- what is on its way
-
-    def expect(self, number: int, site: Site, what: str) -> None:
-        """Command ``number`` was submitted."""
-        self._sites.append((number, site, what))
 
     def hold(self, number: int, exporter: Exporter) -> None:
         """Blocks of our arena that command ``number`` reads."""
@@ -47,18 +44,18 @@ class Inbox:
 
     def unanswered(self) -> int:
         """How many commands are on their way, as far as is known."""
-        return len(self._sites)
+        return len(self.expected)
 
     def oldest(self) -> tuple[int, Site, str] | None:
         """Number, place and name of the oldest command that is not known to be executed."""
         try:
-            return self._sites[0]
+            return self.expected[0]
         except IndexError:
             return None
 
     def unfinished(self) -> list[str]:
         """What the worker was asked and has not done, oldest first."""
-        return [what for number, _, what in self._sites.copy() if number > self.executed]
+        return [what for number, _, what in self.expected.copy() if number > self.executed]
 
     # ---- what has come
 
@@ -79,17 +76,17 @@ class Inbox:
         elif frame.kind != _DONE:
             raise ProtocolError(f"no reply is of kind {frame.kind}")
         self.executed = max(self.executed, number)
-        while self._sites and self._sites[0][0] <= self.executed:
-            self._sites.popleft()
+        while self.expected and self.expected[0][0] <= self.executed:
+            self.expected.popleft()
         while self._exporters and self._exporters[0][0] <= self.executed:
             self._exporters.popleft()[1].release()
 
     def _site(self, number: int) -> Site:
         """Where command ``number`` was issued; those before it are executed, too."""
-        while self._sites and self._sites[0][0] < number:
-            self._sites.popleft()
-        if self._sites and self._sites[0][0] == number:
-            return self._sites[0][1]
+        while self.expected and self.expected[0][0] < number:
+            self.expected.popleft()
+        if self.expected and self.expected[0][0] == number:
+            return self.expected[0][1]
         return Site.nowhere()
 
     def _answered(self, number: int, frame: Frame) -> None:

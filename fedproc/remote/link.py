@@ -95,20 +95,21 @@ class Link:
             ClosedError: the cluster was closed, or this is a forked child.
             WorkerLostError: the worker's process has ended.
         """
+        outbox = self.outbox
         try:
             # Before the lock: in a forked child it may be held for ever.
             if self.end is not None or self.owner != Link.here:
                 self.check()
-            with self.outbox.lock:
+            with outbox.lock:
                 if self.end is not None:
                     self.check()
-                idle = self.inbox.executed >= self.outbox.last
-                number = self.outbox.send(message, site)
+                idle = self.inbox.executed >= outbox.last
+                number, waiting = outbox.send(message, site)
         except BaseException:
             if message.exporter is not None:
                 message.exporter.release()
             raise
-        if urgent or idle or not self.outbox.in_burst():
+        if urgent or idle or not outbox.may_wait(waiting):
             self.flush()
         else:
             self.hub.tail()

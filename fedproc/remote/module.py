@@ -10,7 +10,7 @@ from fedproc.remote.tensor import TensorPointer
 METHOD = "fedproc.worker.parts.method"
 
 
-class ModulePointer(Pointer):
+class ModulePointer(Pointer, kind="module"):
     """A pointer to an ``nn.Module``: call it on pointers of the same worker."""
 
     __slots__ = ()

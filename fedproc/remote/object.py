@@ -3,24 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fedproc.remote.calls import compute, part, run_there, torch_function
+from fedproc.remote.calls import compute, order, part, run_there, torch_function
 from fedproc.remote.facts import facts
 from fedproc.remote.operators import with_operators
-from fedproc.remote.pointer import Pointer
+from fedproc.remote.pointer import KINDS, Pointer
 
 
 def operate_on_object(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator on objects: what kind of thing comes of it, only the worker knows."""
-    from fedproc.remote.calls import order
-    from fedproc.remote.pending import PendingPointer
-
     if name in ("operator.setitem", "operator.delitem"):
         return order(name, args, kwargs, what=name)
-    return run_there(PendingPointer, name, args, kwargs, what=name)
+    return run_there(KINDS["pending"], name, args, kwargs, what=name)
 
 
 @with_operators(operate_on_object, comparisons=False, in_place=False)
-class ObjectPointer(Pointer):
+class ObjectPointer(Pointer, kind="object"):
     """A pointer to an object.
 
     ``p.name(...)`` calls a method in the worker, ``p.name.get()`` brings an attribute home. The
@@ -57,13 +54,11 @@ class ObjectPointer(Pointer):
 
     def __iter__(self) -> Iterator[Any]:
         """Pointers to the items of a sequence."""
-        from fedproc.remote.pending import PendingPointer
-
         told = facts(self)
         if not told.get("sequence"):
             raise TypeError(f"{self!r} points to a {told['type']}, which is no sequence")
         count = len(self)
-        return iter([part(PendingPointer, self, (place,)) for place in range(count)])
+        return iter([part(KINDS["pending"], self, (place,)) for place in range(count)])
 
     def __contains__(self, value: Any) -> bool:
         """Whether the object contains ``value``."""
@@ -79,10 +74,8 @@ class ObjectPointer(Pointer):
 
 def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an object or module in its worker."""
-    from fedproc.remote.pending import PendingPointer
-
     return run_there(
-        PendingPointer, "fedproc.worker.parts.call", (target, *args), kwargs, what="call"
+        KINDS["pending"], "fedproc.worker.parts.call", (target, *args), kwargs, what="call"
     )
 
 
@@ -101,25 +94,21 @@ class Attribute(Pointer):
         self._name = name
         self._made = None
         self._chain = None
-        self._owner = None
+        self._owner = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method in the worker; a pointer to what it returns."""
-        from fedproc.remote.pending import PendingPointer
-
         every = (self._of, self._name, *args)
         return run_there(
-            PendingPointer, "fedproc.worker.parts.method", every, kwargs, what=self._name
+            KINDS["pending"], "fedproc.worker.parts.method", every, kwargs, what=self._name
         )
 
     def _pointer(self) -> Any:
         """The pointer to the attribute's value, made when it is first needed."""
-        from fedproc.remote.pending import PendingPointer
-
         if self._made is None:
             every = (self._of, self._name)
             self._made = run_there(
-                PendingPointer,
+                KINDS["pending"],
                 "fedproc.worker.parts.attribute",
                 every,
                 what=self._name,

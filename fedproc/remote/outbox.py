@@ -83,6 +83,7 @@ class Outbox:
         self.last = 0
         self._channel = channel
         self._inbox = inbox
+        self._expect = inbox.expected.append
         self._numbers = numbers
         self._shipped: set[bytes] = set()
         self._shipped_bytes = 0
@@ -91,15 +92,16 @@ class Outbox:
         self._held: deque[tuple[int, bytes, bool]] = deque()  # number, frame, writes
         self._written_at = 0.0
 
-    def send(self, message: Message, site: Site) -> int:
-        """Number a command and queue it; the caller has the lock."""
-        if message.definitions:
-            self._define(message.definitions)
-        return self._append(message, site)
+    def send(self, message: Message, site: Site) -> tuple[int, int]:
+        """Number a command and queue it; the caller has the lock.
 
-    def _append(self, message: Message, site: Site) -> int:
+        Returns:
+            The number, and how many frames wait to be written.
+        """
+        record, flags, body, what, writes, exporter, definitions = message
+        if definitions:
+            self._define(definitions)
         number = next(self._numbers)
-        record, flags, body, what, writes, exporter, _ = message
         if self.trash:
             flags |= frames.FREES
             body = frames.with_frees(self._dropped(), body)
@@ -109,25 +111,29 @@ class Outbox:
         if exporter is not None:
             self._inbox.hold(number, exporter)
         if record not in _BOOKKEEPING:
-            self._inbox.expect(number, site, what)
+            self._expect((number, site, what))
             self.submitted += 1
         if self._held:
             self._let_held_go()
+        waiting = 0
         if self._held or (writes and self._borrows and self._lent()):
             self._held.append((number, frame, writes))
-        elif self._channel.append(frame) >= BURST_COMMANDS:
-            self.flush()
+        else:
+            waiting = self._channel.append(frame)
         # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
         self.last = number
-        return number
+        return number, waiting
 
     def _dropped(self) -> list[int]:
         """Ids of dropped pointers, off the trash."""
         dropped: list[int] = []
-        while self.trash and len(dropped) < frames.MOST_FREES:
-            dropped.append(self.trash.popleft())
-            self.handles.pop(dropped[-1], None)  # whoever moves an object still needs its handles
-            self._inbox.failures.dropped(dropped[-1])
+        trash, forgotten = self.trash, self._inbox.failures.forgotten
+        while trash and len(dropped) < frames.MOST_FREES:
+            oid = trash.popleft()
+            dropped.append(oid)
+            self.handles.pop(oid, None)  # whoever moves an object still needs its handles
+            if forgotten:
+                forgotten.discard(oid)
         return dropped
 
     def remove(self, oid: int) -> None:
@@ -145,13 +151,15 @@ class Outbox:
         for digest, code in definitions.items():
             if digest not in self._shipped:
                 record = commands.Define(digest, code, forget)
-                self._append(plain(record, "define"), Site.nowhere())
+                self.send(plain(record, "define"), Site.nowhere())
                 self._shipped.add(digest)
                 self._shipped_bytes += len(code)
                 forget = False
 
-    def in_burst(self) -> bool:
-        """Whether the last write was a moment ago: then the next may wait for company."""
+    def may_wait(self, waiting: int) -> bool:
+        """Whether the last of so many frames may wait for company, as those before it do."""
+        if waiting > 1:
+            return waiting < BURST_COMMANDS
         return time.monotonic() - self._written_at <= BURST_SECONDS
 
     def flush(self) -> bool:
@@ -166,7 +174,7 @@ class Outbox:
         if self.trash or self._held:
             with self.lock:
                 while self.trash:
-                    self._append(plain(commands.Free(), "free"), Site.nowhere())
+                    self.send(plain(commands.Free(), "free"), Site.nowhere())
                 self._let_held_go()
 
     # ---- borrows

@@ -8,32 +8,23 @@ the pointer *becomes* one of its kind: the class of the very object changes.
 from collections.abc import Iterator
 from typing import Any
 
-from fedproc.remote.calls import run_there, torch_function
+from fedproc.remote.calls import order, run_there, torch_function
 from fedproc.remote.facts import facts
-from fedproc.remote.module import ModulePointer
-from fedproc.remote.object import ObjectPointer, call
+from fedproc.remote.object import call
 from fedproc.remote.operators import BINARY, COMPARISONS, with_operators
-from fedproc.remote.pointer import Pointer
-from fedproc.remote.tensor import TensorPointer
+from fedproc.remote.pointer import KINDS, Pointer
 
-_KINDS: dict[str, type[Pointer]] = {
-    "tensor": TensorPointer,
-    "module": ModulePointer,
-    "object": ObjectPointer,
-}
 _set_class = object.__dict__["__class__"].__set__
 
 
 def _operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in ("operator.setitem", "operator.delitem"):
-        from fedproc.remote.calls import order
-
         return order(name, args, kwargs, what=name)
     return run_there(PendingPointer, name, args, kwargs, what=name, operation=True)
 
 
 @with_operators(_operate, comparisons=False, in_place=False)
-class PendingPointer(Pointer):
+class PendingPointer(Pointer, kind="pending"):
     """A pointer that does not know yet what it points to."""
 
     __slots__ = ()
@@ -45,7 +36,7 @@ class PendingPointer(Pointer):
         return self
 
     def _kind(self) -> type[Pointer]:
-        return _KINDS[facts(self)["kind"]]
+        return KINDS[facts(self)["kind"]]
 
     def __getattr__(self, name: str) -> Any:
         """Names depend on the kind: wait for it."""

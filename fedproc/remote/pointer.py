@@ -1,7 +1,7 @@
 """Pointer: what a user holds of a remote object. Runs in the parent.
 
 A pointer shares its ``Handle`` (where the object is) with all other pointers to the object, and
-owns it through an ``Owner`` unless it was found by a search. A *chain* is a pointer that was sent
+frees the object when it dies, unless it was found by a search. A *chain* is a pointer that was sent
 on: it keeps the pointer it was made from and the slot it takes in the worker it was sent to;
 operations on it run where the data is.
 """
@@ -18,8 +18,7 @@ from fedproc.errors import (
 )
 from fedproc.remote import reading
 from fedproc.remote.encode import POINTER_TYPES
-from fedproc.remote.handle import Handle, Owner
-from fedproc.remote.link import Link
+from fedproc.remote.handle import Handle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from fedproc.remote.chains import Slot
     from fedproc.remote.worker import Worker
 
+KINDS: "dict[str, type[Pointer]]" = {}
+"""The kinds of pointers by name: tensor, module, object, pending. Each tells its own below."""
 AnyPointer = TypeVar("AnyPointer", bound="Pointer")
 
 
@@ -54,12 +55,19 @@ class Pointer(metaclass=Kind):
     __slots__ = ("__weakref__", "_chain", "_handle", "_owner")
     _fedproc_pointer = True
     _handle: Handle
-    _owner: Owner | None
+    _owner: "bool | Pointer"  # True: its end frees the object; a pointer: that one's end does
     _chain: "Slot | None"
 
-    def __init_subclass__(cls) -> None:
-        """Every class of pointer is known to the encoder."""
+    def __init_subclass__(cls, kind: str = "") -> None:
+        """Every class of pointer is known to the encoder, and those of a kind by its name."""
         POINTER_TYPES.add(cls)
+        if kind:
+            KINDS[kind] = cls
+
+    def __del__(self) -> None:
+        """Free the object."""
+        if getattr(self, "_owner", False) is True:  # an interrupt may leave half a pointer
+            self._handle.drop()
 
     # ---- where and what
 
@@ -271,30 +279,3 @@ class Pointer(metaclass=Kind):
             facts = self._handle.facts
             parts.append(f"{tuple(facts['shape'])} {str(facts['dtype']).removeprefix('torch.')}")
         return f"<{' '.join(parts)}>"
-
-
-def make(cls: type[AnyPointer], handle: Handle, owner: Owner | None) -> AnyPointer:
-    """A pointer of class ``cls``."""
-    pointer = cls.__new__(cls)
-    # past __setattr__ of pending pointers, which makes up its mind about every name
-    _set_handle(pointer, handle)
-    _set_owner(pointer, owner)
-    _set_chain(pointer, None)
-    return pointer
-
-
-_set_handle = Pointer.__dict__["_handle"].__set__
-_set_owner = Pointer.__dict__["_owner"].__set__
-_set_chain = Pointer.__dict__["_chain"].__set__
-
-
-def register(handle: Handle) -> Handle:
-    """Let the link find the handle by its id."""
-    handle.link.note(handle)
-    return handle
-
-
-def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
-    """A pointer that owns the new object ``oid``."""
-    handle = register(Handle(link, oid))
-    return make(cls, handle, Owner(handle))

@@ -12,14 +12,22 @@ _FOREIGN = (
     "/torch/functional.py",
     "/torch/nn/functional.py",
 )
-_known: dict[CodeType, bool] = {}
+_known: dict[str, bool] = {}  # file: whether it is ours
 
 
 class Site(NamedTuple):
-    """A line of code."""
+    """An instruction; the line it is on is looked for when somebody wants to see it."""
 
     code: CodeType | None
-    line: int
+    instruction: int
+
+    @property
+    def line(self) -> int:
+        """The line, 0 if there is none."""
+        for start, end, line in () if self.code is None else self.code.co_lines():
+            if start <= self.instruction < end and line is not None:
+                return line
+        return 0
 
     def __str__(self) -> str:
         """``file:line in function``."""
@@ -37,18 +45,19 @@ _NOWHERE = Site(None, 0)
 _new = tuple.__new__  # half the cost of calling the class, in every command
 
 
-def caller() -> Site:
-    """The innermost frame that is neither fedproc's nor torch's way to us."""
-    # Whoever calls us was called by a method of ours: it is cheaper not to look at these two.
-    frame = sys._getframe(2)
+def caller(ours: int = 2) -> Site:
+    """The innermost frame that is neither fedproc's nor torch's way to us.
+
+    ``ours``: frames that are ours for sure, from here up. It is cheaper not to look at them.
+    """
+    frame = sys._getframe(ours)
     while frame is not None:
         code = frame.f_code
-        ours = _known.get(code)
-        if ours is None:
-            file = code.co_filename
-            ours = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
-            _known[code] = ours
-        if not ours:
-            return _new(Site, (code, frame.f_lineno))
+        file = code.co_filename
+        known = _known.get(file)
+        if known is None:
+            known = _known[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
+        if not known:
+            return _new(Site, (code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return _NOWHERE

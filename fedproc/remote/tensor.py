@@ -19,7 +19,7 @@ from fedproc.remote.pointer import Pointer
 
 
 @with_operators(operate)
-class TensorPointer(Pointer):
+class TensorPointer(Pointer, kind="tensor"):
     """A pointer to a tensor.
 
     Operators, indexing, every method of ``torch.Tensor`` and every function of ``torch`` run

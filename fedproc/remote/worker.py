@@ -9,17 +9,17 @@ from torch import nn
 
 from fedproc.errors import PlacementError
 from fedproc.remote.calls import run_there
-from fedproc.remote.encode import Outgoing
+from fedproc.remote.encode import Outgoing, sent_as
 from fedproc.remote.group import PointerGroup
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
+from fedproc.remote.making import make, owned
 from fedproc.remote.message import plain
 from fedproc.remote.module import ModulePointer
 from fedproc.remote.moving import warn_cut
 from fedproc.remote.object import ObjectPointer
-from fedproc.remote.operations import function_name
 from fedproc.remote.pending import PendingPointer
-from fedproc.remote.pointer import Pointer, make, owned
+from fedproc.remote.pointer import KINDS, Pointer
 from fedproc.remote.site import caller
 from fedproc.remote.stalls import STACK_SECONDS, stack
 from fedproc.remote.tensor import TensorPointer
@@ -170,14 +170,16 @@ class Worker:
             PlacementError: a pointer to another worker, or a pointer beside a local tensor.
             NotShippableError: something cannot be pickled.
         """
-        pointer = issubclass(type(fn), Pointer)
-        if not pointer and not callable(fn):
-            raise TypeError(f"run needs a function to run, not a {type(fn).__qualname__}: {fn!r}")
-        function = None if pointer else function_name(fn)
+        function, what = sent_as(fn)
         return run_there(
-            PendingPointer, function or fn, args, kwargs, what=_name_of(fn), link=self.link,
-            private=private,
-        )  # fmt: skip
+            PendingPointer,
+            function,
+            args,
+            kwargs,
+            what=what,
+            link=self.link,
+            private=bool(private),
+        )
 
     @property
     def objects(self) -> Mapping[int, ObjectInfo]:
@@ -212,7 +214,7 @@ class Worker:
             if handle is None:
                 handle = Handle(self.link, oid)
             handle.facts, handle.facts_at = told, self.link.outbox.writes
-            found.append(make(KINDS[told["kind"]], handle, None))
+            found.append(make(KINDS[told["kind"]], handle, owner=False))
         return found
 
     def clear(self) -> "Worker":
@@ -248,13 +250,6 @@ class Worker:
         return f"<Worker {self.name} pid={self.pid} pending={self.link.inbox.unanswered()}>"
 
 
-KINDS: dict[str, type[Pointer]] = {
-    "tensor": TensorPointer,
-    "module": ModulePointer,
-    "object": ObjectPointer,
-}
-
-
 def put(
     link: Link, value: Any, *, what: str, private: bool = False, tags: tuple[str, ...] = (),
     description: str = "",
@@ -286,7 +281,3 @@ def put(
         }
         handle.facts_at = link.outbox.writes
     return pointer
-
-
-def _name_of(fn: Any) -> str:
-    return str(getattr(fn, "__qualname__", None) or type(fn).__qualname__)

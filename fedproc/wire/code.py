@@ -32,11 +32,9 @@ def name_of_function(function: Any) -> str | None:
 
     Whether it still is what its module calls so is looked at each time; the rest is remembered.
     """
-    kept = _kept_names.get(function)
+    kept = kept_name(function)
     if kept is not None:
-        module_name, name, told = kept
-        if getattr(sys.modules.get(module_name), name, None) is function:
-            return told
+        return kept[0]
     if not travels_by_name(function):
         return None
     module_name, name = function.__module__, function.__qualname__
@@ -44,12 +42,20 @@ def name_of_function(function: Any) -> str | None:
     if "." not in name:
         if len(_kept_names) >= _MOST_KEPT:
             _kept_names.clear()
-        _kept_names[function] = (module_name, name, told)
+        _kept_names[function] = (module_name, name, (told, name))
     return told
 
 
+def kept_name(function: Any) -> tuple[str, str] | None:
+    """What ``name_of_function`` told before and is still so, and the function's own name."""
+    kept = _kept_names.get(function)
+    if kept is None or getattr(sys.modules.get(kept[0]), kept[1], None) is not function:
+        return None
+    return kept[2]
+
+
 _MOST_KEPT = 4096
-_kept_names: dict[Any, tuple[str, str, str]] = {}
+_kept_names: dict[Any, tuple[str, str, tuple[str, str]]] = {}
 """Functions of modules only: none that holds a user's tensors is kept alive."""
 
 

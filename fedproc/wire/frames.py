@@ -35,7 +35,9 @@ WHOLE = 1 << 63
 EXPORTED = 32
 """Flag of an answer: its blocks are held until ``Release``."""
 
+_pack_header = HEADER.pack
 _COUNT = struct.Struct("<H")
+_ONE_ID = struct.Struct("<HQ")
 
 
 class ProtocolError(Exception):
@@ -60,18 +62,22 @@ def pack(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     length = len(body)
     if length >= LARGEST_BODY_BYTES:
         raise ValueError(f"a message of {length} bytes is too large; send large data as tensors")
-    return HEADER.pack(VERSION, kind, flags, length, sequence, length ^ 0xFFFFFFFF) + body
+    return _pack_header(VERSION, kind, flags, length, sequence, length ^ 0xFFFFFFFF) + body
 
 
 def with_frees(ids: Sequence[int], body: bytes) -> bytes:
     """A body with ids to free in front; its frame needs the flag ``FREES``."""
     count = len(ids)
+    if count == 1:  # a chain of operations drops one for each it makes
+        return _ONE_ID.pack(1, ids[0]) + body
     return struct.pack(f"<H{count}Q", count, *ids) + body
 
 
 def split_frees(body: bytes) -> tuple[tuple[int, ...], bytes]:
     """The ids in front of a body, and the body."""
     (count,) = _COUNT.unpack_from(body)
+    if count == 1:
+        return _ONE_ID.unpack_from(body)[1:], body[_ONE_ID.size :]
     start = _COUNT.size + 8 * count
     return struct.unpack_from(f"<{count}Q", body, _COUNT.size), body[start:]
 

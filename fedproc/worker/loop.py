@@ -119,7 +119,8 @@ class Loop:
         self._running = frame
         started = time.perf_counter()
         host.commands += 1
-        self._last = max(self._last, frame.sequence)  # a Release has none
+        if frame.sequence:  # a Release has none
+            self._last = frame.sequence
         self._unreported += 1
         try:
             fields = host.decode(frame)
