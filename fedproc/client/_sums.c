@@ -122,6 +122,23 @@ static void mean_of_terms(float *mean, const Term *terms, ptrdiff_t vectors, dou
     }
 }
 
+static void add_terms(double *sums, const Term *terms, ptrdiff_t vectors, ptrdiff_t count,
+                      int is_first)
+{
+    for (ptrdiff_t first = 0; first < count; first += BLOCK) {
+        const ptrdiff_t length = count - first < BLOCK ? count - first : BLOCK;
+        ptrdiff_t done = 0;
+        if (is_first) {
+            begin(sums + first, terms[0].values + first, terms[0].weight, length);
+            done = 1;
+        }
+        for (; done + GROUP <= vectors; done += GROUP)
+            add_group(sums + first, terms + done, first, length);
+        for (; done < vectors; done++)
+            add_one(sums + first, terms[done].values + first, terms[done].weight, length);
+    }
+}
+
 /* ---------------------------------------------------------------- what Python sees */
 
 /* Address -> pointer; NULL with ValueError if nothing that large and aligned can lie there. */
@@ -191,30 +208,29 @@ static PyObject *mean(PyObject *module, PyObject *args)
 
 static PyObject *add(PyObject *module, PyObject *args)
 {
-    unsigned long long sums_address, values_address;
-    double weight;
+    unsigned long long address;
+    PyObject *addresses, *weights;
     Py_ssize_t count;
     int is_first;
     (void)module;
-    if (!PyArg_ParseTuple(args, "KKdnp:add", &sums_address, &values_address, &weight, &count,
-                          &is_first))
+    if (!PyArg_ParseTuple(args, "KO!O!np:add", &address, &PyTuple_Type, &addresses, &PyTuple_Type,
+                          &weights, &count, &is_first))
         return NULL;
-    double *sums = pointer(sums_address, count, sizeof(double));
-    float *values = sums == NULL ? NULL : pointer(values_address, count, sizeof(float));
-    if (values == NULL)
+    double *sums = pointer(address, count, sizeof(double));
+    Term *terms = sums == NULL ? NULL : terms_of(addresses, weights, count);
+    if (terms == NULL)
         return NULL;
+    const Py_ssize_t vectors = PyTuple_Size(addresses);
     Py_BEGIN_ALLOW_THREADS
-    if (is_first)
-        begin(sums, values, weight, count);
-    else
-        add_one(sums, values, weight, count);
+    add_terms(sums, terms, vectors, count, is_first);
     Py_END_ALLOW_THREADS
+    PyMem_Free(terms);
     Py_RETURN_NONE;
 }
 
 static PyMethodDef functions[] = {
     {"mean", mean, METH_VARARGS, "mean(mean, values, weights, whole, first, stop)"},
-    {"add", add, METH_VARARGS, "add(sums, values, weight, count, is_first)"},
+    {"add", add, METH_VARARGS, "add(sums, values, weights, count, is_first)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -7,4 +7,11 @@ def mean(
     stop: int,
     /,
 ) -> None: ...
-def add(sums: int, values: int, weight: float, count: int, is_first: bool, /) -> None: ...
+def add(
+    sums: int,
+    values: tuple[int, ...],
+    weights: tuple[float, ...],
+    count: int,
+    is_first: bool,
+    /,
+) -> None: ...

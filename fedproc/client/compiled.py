@@ -50,28 +50,25 @@ def pieces(count: int) -> range:
     return range(0, count, _PAGE if count >= 4 * _PAGE else _PIECE)
 
 
-def add(total: Tensor, values: Tensor, weight: float, *, first: bool) -> None:
-    """Does ``total += weight * values``, or ``total = 0.0 + weight * values``.
+def add(total: Tensor, values: Sequence[Tensor], weights: Sequence[float], *, first: bool) -> None:
+    """Does ``total += w0 * y0``, ``total += w1 * y1`` and so on.
 
     Args:
         total: float64, shape (n,), contiguous, on the CPU.
-        values: Such that ``fits`` says yes, of the shape of ``total``.
-        weight: Finite.
-        first: Nothing was added yet: what ``total`` holds does not count and is not read.
+        values: At least one, each such that ``fits`` says yes, of the shape of ``total``.
+        weights: One for each; finite.
+        first: Nothing was added yet: ``total`` begins with 0.0, what it holds is not read.
 
     Raises:
-        ValueError: The tensors differ in length, or ``total`` is not as described.
+        ValueError: The tensors differ in length, the weights in number, or ``total`` is not as
+            described.
     """
-    count = values.numel()
-    if not (
-        total.numel() == count
-        and total.dtype is torch.float64
-        and total.is_cpu
-        and total.is_contiguous()
-    ):
+    count = total.numel()
+    if not (total.dtype is torch.float64 and total.is_cpu and total.is_contiguous()):
         raise ValueError(f"no float64 vector of {count} elements on the CPU, side by side")
+    addresses = _addresses(values, count)
     if count:
-        _sums.add(total.data_ptr(), values.data_ptr(), weight, count, first)
+        _sums.add(total.data_ptr(), addresses, tuple(weights), count, first)
 
 
 def mean_into(
@@ -96,8 +93,11 @@ def mean_into(
         ValueError: The tensors differ in length, the weights in number, or there is no such piece.
     """
     count = mean.numel()
-    if any(value.numel() != count for value in values):
-        raise ValueError(f"not all vectors have the {count} elements of the mean")
-    addresses = tuple(value.data_ptr() for value in values)
-    stop = min(first + size, count)
+    stop, addresses = min(first + size, count), _addresses(values, count)
     _sums.mean(mean.data_ptr(), addresses, tuple(weights), whole, first, stop)
+
+
+def _addresses(values: Sequence[Tensor], count: int) -> tuple[int, ...]:
+    if any(value.numel() != count for value in values):
+        raise ValueError(f"not all vectors have the {count} elements of the sums")
+    return tuple(value.data_ptr() for value in values)

@@ -100,6 +100,6 @@ def merged(sums: Sequence[ChunkSums], least_rows: int) -> ChunkSums:
 
 def exact_sum(values: Sequence[float]) -> float:
     """Adds numbers without rounding in between; NaN and infinities win instead of raising."""
-    if all(math.isfinite(value) for value in values):
+    if all(map(math.isfinite, values)):
         return math.fsum(values)
     return sum(values)

@@ -25,7 +25,7 @@ from fedproc.federated.lane import Batch, Deadline, Lane, missed
 from fedproc.federated.passing import call_there, see, take
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fedproc.client.update import Task, Update
     from fedproc.federated.crew import Crew
@@ -74,8 +74,11 @@ class Collector:
         fitting = _WINDOW_BYTES // max(1, self._block_bytes)
         self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, fitting))
 
-    def updates(self) -> Iterator[tuple[Task, Update | FedprocError]]:
+    def runs(self) -> Iterator[Sequence[tuple[Task, Update | FedprocError]]]:
         """Yields every task with its update or with why there is none, in cohort order.
+
+        Those that have come by then are yielded together: folding many costs little more than
+        folding one. Their updates may be read until the next are asked for.
 
         Raises:
             ClosedError: The cluster was closed.
@@ -84,12 +87,18 @@ class Collector:
         self._enqueue(list(self._tasks))
         if self._crew.stacking.on is None:
             self._measure()
+        order = deque(self._tasks)
         try:
-            for client, task in self._tasks.items():
-                while client not in self._arrived:
-                    self._advance(client)
-                yield task, self._arrived.pop(client)
-                self._read(client)
+            while order:
+                while order[0] not in self._arrived:
+                    self._advance(order[0])
+                run = []
+                while order and order[0] in self._arrived:
+                    client = order.popleft()
+                    run.append((self._tasks[client], self._arrived.pop(client)))
+                yield run
+                for task, _ in run:
+                    self._read(task.client)
         finally:
             for client in list(self._seen):
                 self._read(client)

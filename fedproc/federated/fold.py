@@ -8,9 +8,10 @@ the number of workers and the order of arrival, because the order of adding is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fedproc.client import compiled
 from fedproc.client.weighing import add_weighted, exact_product
@@ -19,12 +20,24 @@ from fedproc.memory.copying import fresh
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from fedproc.client.layout import Layout, Section
 
 # Elements that torch folds at a time: the product (512 KiB) stays in the cache until it is added.
 _CHUNK: Final = 65536
+
+
+class Weighted(NamedTuple):
+    """An accepted update and what it weighs.
+
+    Attributes:
+        block: uint8, shape (nbytes,), finite values only.
+        weight: Weight of the client in the round, for the buffers.
+        mean_weight: Weight of its trained parameters, as the strategy wants it.
+    """
+
+    block: Tensor
+    weight: float
+    mean_weight: float
 
 
 class WeightedMean:
@@ -35,32 +48,40 @@ class WeightedMean:
         self._sum = fresh(numel * 8).view(torch.float64)
         self._weight = 0.0
         self._is_empty = True
-        # Where each piece of a vector is added: small models spend more time on making such views
-        # than on the sums.
-        self._totals: tuple[Tensor, ...] = ()
+        self._totals: tuple[Tensor, ...] = ()  # where each piece of a vector is added
         self._room = torch.empty(0, dtype=torch.float64)
 
-    def add(self, pieces: Sequence[Tensor], weight: float) -> None:
-        """Adds ``weight`` times the concatenation of ``pieces``."""
+    def add(self, pieces: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> None:
+        """Adds vectors, one after the other, each times its weight.
+
+        Args:
+            pieces: The first pieces of all vectors, then the second, and so on; at least one each.
+            weights: One per vector.
+        """
         if self._is_empty:
-            self._totals = torch.split(self._sum, [piece.numel() for piece in pieces])
-        for piece, total in zip(pieces, self._totals, strict=True):
-            if compiled.fits(piece):
-                compiled.add(total, piece, weight, first=self._is_empty)
+            self._totals = torch.split(self._sum, [values[0].numel() for values in pieces])
+        for values, total in zip(pieces, self._totals, strict=True):
+            if all(map(compiled.fits, values)):
+                compiled.add(total, values, weights, first=self._is_empty)
             else:
-                self._add_in_torch(total, piece, weight)
-        self._weight += weight
+                self._add_in_torch(total, values, weights)
+        for weight in weights:
+            self._weight += weight
         self._is_empty = False
 
-    def _add_in_torch(self, total: Tensor, piece: Tensor, weight: float) -> None:
+    def _add_in_torch(
+        self, total: Tensor, values: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
         if self._is_empty:
             total.zero_()
-        exact, size = exact_product(weight, piece.dtype), min(piece.numel(), _CHUNK)
+        size = min(total.numel(), _CHUNK)
         if len(self._room) < size:
             self._room = torch.empty(size, dtype=torch.float64)
-        parts = zip(torch.split(piece, _CHUNK), torch.split(total, _CHUNK), strict=True)
-        for values, part in parts:
-            add_weighted(part, values, weight, self._room[: len(part)], exact=exact)
+        for piece, weight in zip(values, weights, strict=True):
+            exact = exact_product(weight, piece.dtype)
+            parts = zip(torch.split(piece, _CHUNK), torch.split(total, _CHUNK), strict=True)
+            for some, part in parts:
+                add_weighted(part, some, weight, self._room[: len(part)], exact=exact)
 
     def result(self) -> Tensor:
         """Returns the mean of what was added: float64, shape (numel,). Call it once, at the end."""
@@ -108,28 +129,24 @@ class Fold:
         self._buffer_mean = WeightedMean(sum(section.numel for section in self._buffers))
         self._largest: list[Tensor] = []
 
-    def add(self, block: Tensor, weight: float, mean_weight: float) -> None:
-        """Adds one accepted update; ``block`` may be reused afterwards.
-
-        Args:
-            block: uint8, shape (nbytes,), finite values only.
-            weight: Weight of the client in the round, for the buffers.
-            mean_weight: Weight of its trained parameters, as the strategy wants it.
-        """
-        pieces = [section.view(block) for section in self._trained]
-        if self._mean is not None:
-            self._mean.add(pieces, mean_weight)
-        else:
-            self._rows.append(torch.cat(pieces))
-        if self._buffers:
-            self._buffer_mean.add([section.view(block) for section in self._buffers], weight)
-        if not self._integers:
+    def add(self, updates: Sequence[Weighted]) -> None:
+        """Adds accepted updates, one after the other; their blocks may be reused afterwards."""
+        if not updates:
             return
-        integers = [section.view(block) for section in self._integers]
+        blocks, weights, mean_weights = zip(*updates, strict=True)
+        trained = [list(map(section.view, blocks)) for section in self._trained]
+        if self._mean is not None:
+            self._mean.add(trained, mean_weights)
+        else:
+            self._rows += map(torch.cat, zip(*trained, strict=True))
+        if self._buffers:
+            buffers = [list(map(section.view, blocks)) for section in self._buffers]
+            self._buffer_mean.add(buffers, weights)
         if not self._largest:
-            self._largest = [values.clone() for values in integers]
-        for largest, values in zip(self._largest, integers, strict=True):
-            torch.maximum(largest, values, out=largest)
+            self._largest = [section.view(blocks[0]).clone() for section in self._integers]
+        for section, largest in zip(self._integers, self._largest, strict=True):
+            for block in blocks:
+                torch.maximum(largest, section.view(block), out=largest)
 
     def trained(self) -> tuple[Tensor | None, Tensor | None]:
         """Returns the mean and the rows of the trained parameters; one of them is None."""

@@ -13,9 +13,12 @@ import torch
 from fedproc.client import compiled
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from fedproc.client.layout import Layout
+    from fedproc.federated.fold import Weighted
     from fedproc.federated.noise import SecretStream
 
 
@@ -43,13 +46,17 @@ class PrivateFold:
         self._denominator, self._noise, self._stream = denominator, noise, stream
         self._sum = torch.zeros(layout.trained_numel, dtype=torch.float64)
 
-    def add(self, block: Tensor, weight: float, mean_weight: float) -> None:  # noqa: ARG002 - as Fold.add; all clients weigh 1
-        """Adds the clipped change of one client; ``block`` may be reused afterwards."""
+    def add(self, updates: Sequence[Weighted]) -> None:
+        """Adds the clipped changes of clients, which all weigh 1; blocks may be reused."""
+        for update in updates:
+            self._add(update.block)
+
+    def _add(self, block: Tensor) -> None:
         place = 0
         for section in self._layout.of_kind("trained"):
             total, change = self._sum[place : place + section.numel], section.view(block)
             if compiled.fits(change):
-                compiled.add(total, change, 1.0, first=False)
+                compiled.add(total, [change], [1.0], first=False)
             else:
                 total.add_(change)
             place += section.numel

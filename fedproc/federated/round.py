@@ -16,7 +16,7 @@ from fedproc.errors import QuorumError
 from fedproc.events import ClientFinished
 from fedproc.federated.collecting import Collector
 from fedproc.federated.commanding import Broadcast
-from fedproc.federated.fold import Fold, Received
+from fedproc.federated.fold import Fold, Received, Weighted
 from fedproc.federated.history import RoundRecord, describe
 from fedproc.federated.master import next_parameters, without_master
 from fedproc.federated.tally import Tally
@@ -192,31 +192,37 @@ def _fold_all(
     tally = Tally()
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
-        for task, result in collector.updates():
-            client, began = task.client, time.perf_counter()
-            _take(client, result, rules, fold, tally)
-            if timeline is not None:
-                timeline.trained(client, collector.home(client), result)
-                timeline.folded(client, began, tally.failures.get(client))
-            sink(ClientFinished(task.round, client, client in tally.failures))
+        for run in collector.runs():
+            # a trace shows each client by itself
+            for part in [run] if timeline is None else [[pair] for pair in run]:
+                began = time.perf_counter()
+                weighted = [_weighted(task.client, result, rules, tally) for task, result in part]
+                fold.add([update for update in weighted if update is not None])
+                for task, result in part:
+                    client, failure = task.client, tally.failures.get(task.client)
+                    if timeline is not None:
+                        timeline.trained(client, collector.home(client), result)
+                        timeline.folded(client, began, failure)
+                    sink(ClientFinished(task.round, client, failure is not None))
     return tally
 
 
-def _take(
-    client: str, result: Update | BaseException, rules: Rules, fold: AnyFold, tally: Tally
-) -> None:
-    """Folds an update, or notes why it does not count."""
+def _weighted(
+    client: str, result: Update | BaseException, rules: Rules, tally: Tally
+) -> Weighted | None:
+    """Takes in the numbers of an update, or notes why it does not count."""
     if isinstance(result, BaseException):
         tally.failures[client] = result
-        return
+        return None
     weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
     try:
         mean_weight = rules.strategy.mean_weight(weight, result, tally.first or result)
     except ValueError as error:  # the strategy cannot use this update; the others count
         tally.failures[client] = error.with_traceback(None)  # the history keeps it, not the round
-        return
-    fold.add(result.block, weight, mean_weight)
+        return None
+    block = result.block
     tally.accept(client, result, weight)
+    return Weighted(block, weight, mean_weight)
 
 
 def _apply(

@@ -43,7 +43,7 @@ class Tally:
     failures: dict[str, BaseException] = field(default_factory=dict)
 
     def accept(self, client: str, update: Update, weight: float) -> None:
-        """Takes in an update that was folded."""
+        """Takes in the numbers of an update, and takes its block away from it."""
         update.block = NO_BLOCK
         if self.first is None:
             self.first = update

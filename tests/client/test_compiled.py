@@ -94,18 +94,32 @@ def test_a_running_sum_has_the_bits_of_torch(weights, length, seed, offset):
     room = torch.empty(length, dtype=torch.float64)
     pairs = zip(vectors(len(weights), length, seed, offset), weights, strict=True)
     for place, (values, weight) in enumerate(pairs):
-        compiled.add(found, values, weight, first=place == 0)
+        compiled.add(found, [values], [weight], first=place == 0)
         exact = exact_product(weight, values.dtype)
         add_weighted(expected, values, weight, room, exact=exact)
         assert_same_bits(found, expected)
+
+
+@needs_it
+@pytest.mark.parametrize("length", [1, 17, 8192, 20_001])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 26])
+@pytest.mark.parametrize("first", [True, False])
+def test_many_added_at_once_have_the_bits_of_one_after_the_other(length, count, first):
+    values = vectors(count, length, seed=count, offset=1)
+    weights = [0.1 * place + 1 / 3 for place in range(count)]
+    found, expected = torch.ones(2, length, dtype=torch.float64)
+    compiled.add(found, values, weights, first=first)
+    for place, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        compiled.add(expected, [value], [weight], first=first and place == 0)
+    assert_same_bits(found, expected)
 
 
 def test_product_and_sum_round_one_after_the_other():
     # 3 x 0.1 rounds up to 0.30000000000000004 = w; fused, the sum would be -2.7e-17 and not 0
     one, three = torch.tensor([-1.0]), torch.tensor([3.0])
     mean = WeightedMean(1)
-    mean.add([one], 0.1 * 3.0)
-    mean.add([three], 0.1)
+    mean.add([[one]], [0.1 * 3.0])
+    mean.add([[three]], [0.1])
     assert mean.result().item() == 0.0
     models = [nn.ParameterList([value]) for value in (one, three)]
     assert average_modules(models, [0.1 * 3.0, 0.1])[0].item() == 0.0
@@ -114,7 +128,7 @@ def test_product_and_sum_round_one_after_the_other():
 def test_a_fold_starts_at_plus_zero_and_a_mean_of_models_at_minus_zero():
     zero = torch.tensor([-0.0])
     mean = WeightedMean(1)
-    mean.add([zero], 2.0)
+    mean.add([[zero]], [2.0])
     assert math.copysign(1, mean.result().item()) == 1
     averaged = average_modules([nn.ParameterList([zero])] * 2)
     assert math.copysign(1, averaged[0].item()) == -1
@@ -132,8 +146,11 @@ def test_a_fold_of_pieces_of_several_kinds_has_the_bits_of_torch_alone(monkeypat
         monkeypatch.setattr(compiled, "COMPILED", is_compiled)
         mean = WeightedMean(sum(piece.numel() for piece in updates[0]))
         for weight, update in zip((3.0, 0.1, 7.0), updates, strict=True):
-            mean.add(update, weight)
+            mean.add([[piece] for piece in update], [weight])
         results.append(mean.result())
+        together = WeightedMean(sum(piece.numel() for piece in updates[0]))
+        together.add(list(zip(*updates, strict=True)), (3.0, 0.1, 7.0))
+        results.append(together.result())
     flat = [torch.cat([piece.double() for piece in update]) for update in updates]
     expected = (flat[0] * 3.0 + flat[1] * 0.1 + flat[2] * 7.0) / (3.0 + 0.1 + 7.0)
     for result in results:
@@ -192,14 +209,13 @@ def test_lazily_negated_and_strided_buffers_count_with_their_values(is_compiled,
 @pytest.mark.parametrize(
     "total",
     [
-        torch.zeros(3, dtype=torch.float64),
         torch.zeros(2),
         torch.zeros(4, dtype=torch.float64)[::2],
     ],
 )
 def test_sums_that_are_not_as_they_should_be_are_refused(total):
     with pytest.raises(ValueError, match="no float64 vector of 2 elements"):
-        compiled.add(total, torch.ones(2), 1.0, first=True)
+        compiled.add(total, [torch.ones(2)], [1.0], first=True)
 
 
 @needs_it
@@ -213,6 +229,12 @@ def test_vectors_of_other_lengths_and_missing_weights_are_refused():
     with pytest.raises(ValueError, match="no range of elements: 8 to 4"):
         compiled.mean_into(mean, [torch.ones(4)], [1.0], 1.0, 8, 4)
     assert mean.tolist() == [0.0] * 4
+    total = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="not all vectors have the 4 elements"):
+        compiled.add(total, [torch.ones(3)], [1.0], first=True)
+    with pytest.raises(ValueError, match="give at least one, and a weight for each"):
+        compiled.add(total, [torch.ones(4)], [1.0, 2.0], first=True)
+    assert total.tolist() == [0.0] * 4
 
 
 @needs_it
@@ -224,7 +246,7 @@ def test_places_where_nothing_can_lie_are_refused(address, count):
 
     there = torch.zeros(4, dtype=torch.float64).data_ptr()
     with pytest.raises(ValueError, match="cannot lie at"):
-        _sums.add(there, address, 1.0, count, False)
+        _sums.add(there, (address,), (1.0,), count, False)
     with pytest.raises(ValueError, match=r"cannot lie at|no range of elements"):
         _sums.mean(there, (address,), (1.0,), 1.0, 0, count)
     with pytest.raises(TypeError):

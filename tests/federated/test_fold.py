@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedproc.client.layout import Layout
-from fedproc.federated.fold import Fold, WeightedMean
+from fedproc.federated.fold import Fold, Weighted, WeightedMean
 
 
 def blocks_of(models):
@@ -17,7 +17,7 @@ def fold(models, weights):
     layout, blocks = blocks_of(models)
     folded = Fold(layout, keep_rows=False)
     for block, weight in zip(blocks, weights, strict=True):
-        folded.add(block, weight, weight)
+        folded.add([Weighted(block, weight, weight)])
     mean, _ = folded.trained()
     layout.unpack(folded.write(mean), layout.tensors(models[0]))
     return models[0]
@@ -47,7 +47,7 @@ def test_the_sum_is_the_sequential_float64_sum_to_the_bit(terms):
     mean = WeightedMean(1)
     total = weights = 0.0
     for value, weight in terms:
-        mean.add([torch.tensor([value], dtype=torch.float32)], float(weight))
+        mean.add([[torch.tensor([value], dtype=torch.float32)]], [float(weight)])
         total += weight * value
         weights += weight
     assert mean.result().item() == total / weights
@@ -56,8 +56,8 @@ def test_the_sum_is_the_sequential_float64_sum_to_the_bit(terms):
 def test_product_and_sum_round_one_after_the_other():
     # fused, 0.1 * 3 - 0.30000000000000004 would be -2.7e-17 and not 0
     mean = WeightedMean(1)
-    mean.add([torch.tensor([-0.30000000000000004], dtype=torch.float64)], 1.0)
-    mean.add([torch.tensor([0.1], dtype=torch.float64)], 3.0)
+    mean.add([[torch.tensor([-0.30000000000000004], dtype=torch.float64)]], [1.0])
+    mean.add([[torch.tensor([0.1], dtype=torch.float64)]], [3.0])
     assert mean.result().item() == 0.0
 
 
@@ -85,8 +85,7 @@ def test_float_buffers_take_the_rounds_weights_whatever_the_strategy_weighs():
     second.running_mean.fill_(8.0)
     layout, (a, b) = blocks_of([first, second])
     folded = Fold(layout, keep_rows=False)
-    folded.add(a, 3.0, 1.0)
-    folded.add(b, 1.0, 1.0)
+    folded.add([Weighted(a, 3.0, 1.0), Weighted(b, 1.0, 1.0)])
     mean, _ = folded.trained()
     layout.unpack(folded.write(mean), layout.tensors(first))
     assert first.running_mean.item() == 2.0
@@ -97,9 +96,9 @@ def test_a_block_may_be_reused_after_it_was_added():
     for keep_rows in (False, True):
         folded = Fold(layout, keep_rows=keep_rows)
         row = block.clone()
-        folded.add(row, 1.0, 1.0)
+        folded.add([Weighted(row, 1.0, 1.0)])
         row.copy_(other)
-        folded.add(row, 1.0, 1.0)
+        folded.add([Weighted(row, 1.0, 1.0)])
         mean, rows = folded.trained()
         found = rows.double().mean(dim=0) if keep_rows else mean
         assert found.tolist() == [2.0, 2.0, -2.0]
@@ -125,6 +124,6 @@ def test_a_vector_longer_than_what_is_folded_at_a_time_has_the_same_bits():
     mean, total = WeightedMean(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.float64)
     for weight in weights:
         pieces = [torch.randn(size, generator=generator) for size in sizes]
-        mean.add(pieces, weight)
+        mean.add([[piece] for piece in pieces], [weight])
         total += torch.cat(pieces).double() * weight
     assert torch.equal(mean.result(), total / (3.0 + 0.1 + 7.0))

@@ -9,6 +9,7 @@ from torch import nn
 
 import fedproc as fp
 from fedproc.client.layout import Layout
+from fedproc.federated.fold import Weighted
 from fedproc.federated.mechanism import Ledger, Mechanism, count_noise, update_noise
 from fedproc.federated.noise import SecretStream
 
@@ -57,7 +58,7 @@ def folded(drawn, start, changes):
         clipped = layout.new_block()
         for section in layout.of_kind("trained"):
             section.view(clipped).fill_(change)
-        fold.add(clipped, 1.0, 1.0)
+        fold.add([Weighted(clipped, 1.0, 1.0)])
     trained, rows = fold.trained()
     assert rows is None
     return trained, layout.flat_trained(fold.write(trained)), layout.flat_trained(block)
@@ -92,7 +93,7 @@ def test_buffers_stay_as_they_are():
     layout = Layout.of(model)
     block = layout.pack(layout.tensors(model), layout.new_block())
     fold = ledger().fold(layout, block)
-    fold.add(layout.new_block(), 1.0, 1.0)
+    fold.add([Weighted(layout.new_block(), 1.0, 1.0)])
     layout.unpack(fold.write(fold.trained()[0]), layout.tensors(model))
     assert model[1].running_mean.tolist() == [7.0, 7.0]
     assert model[1].running_var.tolist() == [1.0, 1.0]
