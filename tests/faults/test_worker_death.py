@@ -217,6 +217,7 @@ def test_case_09_one_dies_while_the_other_is_replaced():
         bob.kill()
         os.kill(alice.pid, signal.SIGKILL)
         assert cluster["bob"].run(abs, -1).get() == 1  # its replacement tells alice to forget
+        eventually(lambda: ended(alice.pid))  # SIGKILL takes its time where memory is unmapped
         assert cluster["alice"].run(abs, -1).get() == 1
         moved = cluster["carol"].send(torch.ones(50_000)).move(cluster["alice"])
         assert moved.sum().item() == 50_000.0
