@@ -21,7 +21,7 @@ BATCH_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
 SPIN_SECONDS = 150e-6
 """How long to look for an answer before sleeping: being woken costs as much, on both sides of a
-call. A third of it is enough on an idle machine, but not where cores are shared and half as quick."""
+call. A third of it is enough on an idle machine, but not where cores are shared and slow."""
 _MOST_IN_VAIN = 4
 
 
