@@ -50,7 +50,10 @@ def caller(ours: int = 2) -> Site:
 
     ``ours``: frames that are ours for sure, from here up. It is cheaper not to look at them.
     """
-    frame = sys._getframe(ours)
+    try:
+        frame = sys._getframe(ours)
+    except ValueError:  # a method of ours is all that a thread runs
+        return _NOWHERE
     while frame is not None:
         code = frame.f_code
         file = code.co_filename

@@ -156,6 +156,7 @@ class ProcessTransport:
         if self._zygote is None:
             return
         if not self._zygote.alive:
+            self._zygote.close()
             self._zygote = zygote_for(self._preload)
         self._zygote.wait_ready(timeout)
 

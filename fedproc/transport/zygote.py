@@ -28,6 +28,7 @@ from fedproc.transport.base import WorkerSpec
 from fedproc.transport.undisturbed import undisturbed
 
 FORK_SECONDS = 30.0
+_TURN_SECONDS = 0.05
 _LENGTH = struct.Struct("<I")
 _BOOT = (
     "import sys, pickle; path, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
@@ -71,8 +72,12 @@ class Zygote:
         self._started: dict[int, int] = {}
         self._requests = itertools.count(1)
         self._input: tuple[bytes, list[bytes]] = (b"", [])
-        with undisturbed():
-            self._launch()
+        try:
+            with undisturbed():
+                self._launch()
+        except BaseException:
+            self.close()
+            raise
 
     def _launch(self) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -97,13 +102,16 @@ class Zygote:
         """Wait until it can fork, up to ``timeout`` seconds; an interrupt changes nothing.
 
         Raises:
-            WorkerStartError: It cannot; it has been ended.
+            WorkerStartError: It cannot, or not in time. A shared one that is merely slow goes on:
+                others may wait for it with more patience.
         """
         self._pump_until(lambda: self._ready is not None, time.monotonic() + timeout)
         ready = self._ready
         if ready is None or ready[0] != "ready":
-            self.close()
-            why = "it ended or was too slow" if ready is None else ready[1]
+            is_slow = ready is None and self.alive
+            if self._preload or not is_slow:
+                self.close()
+            why = "it is too slow" if is_slow else "it has ended" if ready is None else ready[1]
             raise WorkerStartError(
                 f"the interpreter that workers are forked from could not be prepared: {why}. "
                 f"Check that torch and the modules in preload={list(self._preload)} import in a "
@@ -166,17 +174,24 @@ class Zygote:
     def _pump_until(self, arrived: Callable[[], bool], deadline: float) -> None:
         """Take in what the zygote says until ``arrived()``, the deadline, or its end."""
         while not arrived():
-            with self._lock:
-                if arrived() or not self._pump(deadline - time.monotonic()):
+            left = deadline - time.monotonic()
+            with self._lock:  # in turns: others wait, too, some with less patience
+                if arrived():
                     return
+                said = self._pump(min(left, _TURN_SECONDS))
+            if said is None or (left <= 0 and not said):
+                return
 
-    def _pump(self, wait: float) -> bool:
+    def _pump(self, wait: float) -> bool | None:
         """Take in what the zygote says; whether it said something within ``wait`` seconds.
 
         Can be interrupted anywhere, as a Channel: what was received is noted in the same step.
+
+        Returns:
+            None at the end of the stream.
         """
         if self._control.fileno() < 0:
-            return False  # it died and was replaced; its workers live on, and ask here
+            return None  # it died and was replaced; its workers live on, and ask here
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         if not poll.poll(max(0.0, wait) * 1000):
@@ -185,9 +200,9 @@ class Zygote:
         try:
             chunks.extend(map(self._control.recv, (65536,)))
         except OSError:
-            return False
+            return None
         if not chunks[-1]:
-            return False
+            return None
         data += b"".join(chunks)
         self._input = (data, [])
         while len(data) >= _LENGTH.size:
@@ -209,16 +224,16 @@ class Zygote:
 
     def close(self) -> None:
         """End it, and with it what it has forked. Idempotent."""
-        with self._lock:
-            if self not in _open_zygotes:
-                return
-            _open_zygotes.discard(self)
-        self._control.close()
-        os.close(self._lifeline)
-        self._process.wait()
+        with undisturbed(), self._lock:
+            if self in _open_zygotes:
+                _open_zygotes.discard(self)
+                self._control.close()
+                os.close(self._lifeline)
+                self._process.wait()
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's descriptors, so that its end is noticed."""
+        _open_zygotes.discard(self)
         self._control.close()
         with contextlib.suppress(OSError):
             os.close(self._lifeline)

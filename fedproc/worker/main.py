@@ -143,9 +143,9 @@ def _standard_streams(given: Descriptors) -> None:
 
 def start_executed(arguments: dict[str, Any]) -> None:
     """Entry of a worker that was executed, not forked."""
-    compiler.defer()
     for module in arguments["preload"]:
         __import__(module)
+    compiler.defer()
     spec, around, given = arguments["spec"], arguments["around"], arguments["given"]
     serve_process(WorkerSpec(*spec), Surroundings(*around), Descriptors(*given))
     sys.stdout.flush()

@@ -55,9 +55,9 @@ def _prepare(preload: tuple[str, ...]) -> None:
     import fedproc.worker.main  # noqa: F401
     from fedproc.worker import compiler
 
-    compiler.defer()
     for module in preload:
         importlib.import_module(module)
+    compiler.defer()
     torch.set_num_threads(1)
     parameter = torch.nn.Parameter(torch.zeros(1))
     for kind in (torch.optim.SGD, torch.optim.Adam):

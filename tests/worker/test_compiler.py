@@ -60,11 +60,39 @@ def _reached_by_name() -> bool:
     return optimize is sys.modules["torch._dynamo"].optimize and config is torch._dynamo.config
 
 
+def _in_one_piece() -> bool:
+    import torch._dynamo.config as config
+
+    config.suppress_errors = True
+    there = sys.modules["torch._dynamo.eval_frame"].config
+    spec = config.__spec__
+    return there is config and there.suppress_errors and type(spec.loader).__name__ != "_Submodules"
+
+
+def _of_its_parts() -> bool:
+    from torch._dynamo.backends.registry import list_backends
+
+    return list_backends is torch._dynamo.list_backends
+
+
+def _kept_under_another_name() -> bool:
+    import torch._dynamo as dynamo
+    from torch._dynamo import graph_break
+
+    dynamo.graph_break("nothing happens")
+    dynamo.reset()
+    graph_break("there is no graph here")
+    return dynamo.graph_break is torch._dynamo.graph_break
+
+
 def _listed() -> bool:
     return "optimize" in dir(torch._dynamo)
 
 
-@pytest.mark.parametrize("use", [_disable, _reached_by_name, _listed])
+@pytest.mark.parametrize(
+    "use",
+    [_disable, _reached_by_name, _in_one_piece, _of_its_parts, _kept_under_another_name, _listed],
+)
 def test_whatever_a_user_asks_of_it_is_answered_by_the_real_module(bob, use):
     assert bob.run(use).get() is True
     assert bob.run(_is_loaded).get() is True
