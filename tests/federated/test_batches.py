@@ -151,7 +151,7 @@ def test_the_pace_decides_how_many_clients_a_command_trains():
     pace = Pace()
     assert pace.batch_size(100) == 1
     pace.learn(0.001)
-    assert pace.batch_size(100) == 10
+    assert pace.batch_size(100) == 30
     assert pace.batch_size(4 << 20) == 2
     assert pace.batch_size(1 << 30) == 1
     for _ in range(100):
