@@ -68,10 +68,18 @@ class Section:
     numel: int
     entries: tuple[Entry, ...]
 
+    @property
+    def stop_bytes(self) -> int:
+        """Where it ends."""
+        return self.start_bytes + self.numel * self.dtype.itemsize
+
     def view(self, block: Tensor) -> Tensor:
         """Returns the section of ``block`` as a tensor of shape (numel,), without a copy."""
-        stop = self.start_bytes + self.numel * self.dtype.itemsize
-        return block[self.start_bytes : stop].view(self.dtype)
+        return block[self.start_bytes : self.stop_bytes].view(self.dtype)
+
+    def columns(self, blocks: Tensor) -> Tensor:
+        """Returns the section of blocks that are rows: (blocks, numel), without a copy."""
+        return blocks[:, self.start_bytes : self.stop_bytes].view(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +138,21 @@ class Layout:
         return fresh(self.nbytes).zero_()
 
     def new_blocks(self, count: int, *, secret: bool = False) -> Tensor:
-        """Allocates blocks as rows: uint8, shape (count, at least nbytes), zeros, rows aligned.
+        """Allocates blocks as rows: uint8, shape (count, at least nbytes), rows aligned.
 
-        In a worker they lie where the parent can read them, unless they are ``secret``.
+        In a worker they lie where the parent can read them, unless they are ``secret``. Then what
+        lay there before is still in their sections: clearing 40 MB takes as long as writing them.
+        Fill every section, or clear the row; all between the sections is zeros.
         """
         row = -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if secret:
             return torch.zeros(count, row, dtype=torch.uint8)
-        return lendable(count * row).view(count, row)
+        blocks = lendable(count * row).view(count, row)
+        end = 0
+        for start, stop in [*((s.start_bytes, s.stop_bytes) for s in self.sections), (row, row)]:
+            blocks[:, end:start].zero_()
+            end = stop
+        return blocks
 
     def tensors(self, model: nn.Module) -> list[list[Tensor]]:
         """Finds the tensors of every section in ``model``."""
@@ -157,10 +172,7 @@ class Layout:
         """Views every row of ``blocks``, as :meth:`new_blocks` makes them, as :meth:`slot` does."""
         if not len(blocks):
             return []
-        columns = []
-        for section in self.sections:
-            stop = section.start_bytes + section.numel * section.dtype.itemsize
-            columns.append(blocks[:, section.start_bytes : stop].view(section.dtype).unbind())
+        columns = [section.columns(blocks).unbind() for section in self.sections]
         return list(zip(*columns, strict=True))
 
     def pieces(self, block: Tensor) -> list[Tensor]:

@@ -78,7 +78,7 @@ class StackTrainer:
             for places, updates, rows in stack.train(members):
                 for place, update in zip(places, updates, strict=True):
                     results[place] = update
-                values[places] = rows.cpu()
+                values.index_copy_(0, torch.tensor(places), rows.cpu())
         self._reject_non_finite(tasks, blocks, results)
         _share_time(results, began)
         failures = {
@@ -152,8 +152,7 @@ class _Stack:
 def _trained(layout: Layout, blocks: Tensor) -> Tensor:
     """Returns the trained parameters in blocks: (clients, parameters), without a copy."""
     (section,) = layout.of_kind("trained")
-    stop = section.start_bytes + section.numel * section.dtype.itemsize
-    return blocks[:, section.start_bytes : stop].view(section.dtype)
+    return section.columns(blocks)
 
 
 def _share_time(results: Sequence[Update | BaseException | None], began: float) -> None:

@@ -113,7 +113,13 @@ class Updates:
 
     @classmethod
     def of(cls, blocks: Tensor, updates: Sequence[Update | None]) -> Updates:
-        """Packs updates whose blocks are the rows of ``blocks``; None is a client that failed."""
+        """Packs updates whose blocks are the rows of ``blocks``; None is a client that failed.
+
+        Of one that failed nothing is shown: its row becomes zeros.
+        """
+        for row, update in zip(blocks.unbind(), updates, strict=True):
+            if update is None:
+                row.zero_()
         numbers = pickle.dumps([update and _numbers(update) for update in updates], protocol=5)
         states = {n: update.state for n, update in enumerate(updates) if update and update.state}
         return cls(blocks, numbers, states)

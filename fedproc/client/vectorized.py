@@ -170,9 +170,9 @@ class Stacks:
             optimizer.step(gradients)
             losses[number, : step.clients] = found
         kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in tasks]
-        places = torch.tensor(orders.sorted, device=values.device)
         updates = self._updates(orders, shards, losses, kept, chosen)
-        return Trained(updates, values[places.argsort()], _failures(orders, losses))
+        places = torch.tensor(orders.sorted, device=values.device).argsort()
+        return Trained(updates, values.index_select(0, places), _failures(orders, losses))
 
     def _anchor(self) -> Tensor:
         """Returns the global parameters: (parameters,)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedproc.client.update import pack_tasks
-from fedproc.federated.passing import call_there
+from fedproc.federated.passing import call_there, send_along
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,9 +62,9 @@ class Commands:
         # sent by itself: a call does not mix tensors from here with pointers
         if len(clients) == 1:
             (client,) = clients
-            state = worker.send(kept[client]) if kept else None
+            state = send_along(worker, kept[client]) if kept else None
             return call_there(trainer, "train", block, self._tasks[client], state, shared)
-        states = worker.send(kept) if kept else None
+        states = send_along(worker, kept) if kept else None
         tasks = pack_tasks([self._tasks[client] for client in clients])
         return call_there(trainer, method, block, tasks, states, shared)
 
@@ -72,7 +72,7 @@ class Commands:
         if lane.sent is None:
             worker, shared = self._crew.worker(name), self._broadcast.shared
             lane.sent = (
-                worker.send(self._broadcast.block),
-                worker.send(dict(shared)) if shared else None,
+                send_along(worker, self._broadcast.block),
+                send_along(worker, dict(shared)) if shared else None,
             )
         return lane.sent

@@ -16,6 +16,7 @@ from fedproc.errors import FedprocError
 from fedproc.remote import reading
 from fedproc.remote.calls import run_there
 from fedproc.remote.pending import PendingPointer
+from fedproc.remote.worker import put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedproc.client.update import Update, Updates
     from fedproc.remote.link import Link
     from fedproc.remote.outbox import Borrow
+    from fedproc.remote.worker import Worker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +40,14 @@ class Promise:
     pointer: PendingPointer
     link: Link
     query: Borrow
+
+
+def send_along(worker: Worker, value: Any) -> Any:
+    """Sends ``value`` with the call that follows at once: a pointer, see :meth:`Worker.send`.
+
+    An idle worker that got the two one by one would be woken for each.
+    """
+    return put(worker.link, value, what="send", more=True)
 
 
 def call_there(trainer: Any, method: str, *args: Any) -> Promise:
@@ -62,6 +72,7 @@ def call_there(trainer: Any, method: str, *args: Any) -> Promise:
         what=method,
         writes=False,
         update=True,
+        more=True,
     )
     query = reading.start(pointer._data(), method, folding=True)
     return Promise(pointer, pointer._data().link, query)

@@ -19,7 +19,7 @@ from fedproc.errors import (
     WorkerLostError,
 )
 from fedproc.federated.lane import missed
-from fedproc.federated.passing import abandon, call_there, take
+from fedproc.federated.passing import abandon, call_there, send_along, take
 from fedproc.federated.secure_sum import SecureSum
 
 if TYPE_CHECKING:
@@ -226,8 +226,8 @@ class Attempt:
         if name not in self._sent:
             worker, shared = self._crew.worker(name), self._broadcast.shared
             self._sent[name] = (
-                worker.send(self._broadcast.block),
-                worker.send(dict(shared)) if shared else None,
+                send_along(worker, self._broadcast.block),
+                send_along(worker, dict(shared)) if shared else None,
             )
         block, shared_there = self._sent[name]
         trainer, task = self._trainers[name], self._tasks[client]

@@ -24,9 +24,10 @@ def lend_from(arena: Arena) -> None:
 
 
 def lendable(nbytes: int) -> torch.Tensor:
-    """New memory, zeros (uint8, 1-d); what is small travels in a message and needs no arena.
+    """New memory (uint8, 1-d); what is small travels in a message and needs no arena.
 
-    Other processes can read it from now on: not for what must not be seen.
+    Other processes can read it from now on: not for what must not be seen. It may hold what lay
+    there before: whoever asks for it writes all of it.
 
     Raises:
         ArenaFullError: there is no room for it.
@@ -34,4 +35,4 @@ def lendable(nbytes: int) -> torch.Tensor:
     arena = _home.arena
     if arena is None or nbytes < INLINE_BYTES:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
-    return torch.from_numpy(arena.lease(arena.allocate(nbytes))).zero_()
+    return torch.from_numpy(arena.lease(arena.allocate(nbytes)))

@@ -41,6 +41,7 @@ def run_there(
     link: Link | None = None,
     private: bool = False,
     update: bool = False,
+    more: bool = False,
 ) -> AnyPointer:
     """Run ``function`` and keep the result; a pointer of class ``cls`` to it, at once."""
     target, message = encode_call(
@@ -48,7 +49,7 @@ def run_there(
         operation=operation, private=private, update=update,
     )  # fmt: skip
     # besides this function, the method of a pointer or worker that called it is ours
-    return owned(cls, target, target.submit(message, caller(3)))
+    return owned(cls, target, target.submit(message, caller(3), more=more))
 
 
 def order(

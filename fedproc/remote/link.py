@@ -83,13 +83,16 @@ class Link:
 
     # ---- submitting
 
-    def submit(self, message: Message, site: Site, *, urgent: bool = False) -> int:
+    def submit(
+        self, message: Message, site: Site, *, urgent: bool = False, more: bool = False
+    ) -> int:
         """Number and send a command; returns its number at once.
 
         Args:
             message: the command.
             site: where the user issued it.
             urgent: somebody is about to wait for it.
+            more: another command follows at once, and takes it along: an idle worker is woken once.
 
         Raises:
             ClosedError: the cluster was closed, or this is a forked child.
@@ -109,7 +112,9 @@ class Link:
             if message.exporter is not None:
                 message.exporter.release()
             raise
-        if urgent or idle or not outbox.may_wait(waiting):
+        if more:
+            pass  # should nothing follow after all: the janitor writes what waits, too
+        elif urgent or idle or not outbox.may_wait(waiting):
             self.flush()
         else:
             self.hub.tail()

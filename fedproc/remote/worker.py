@@ -252,9 +252,9 @@ class Worker:
 
 def put(
     link: Link, value: Any, *, what: str, private: bool = False, tags: tuple[str, ...] = (),
-    description: str = "",
+    description: str = "", more: bool = False,
 ) -> Any:  # fmt: skip
-    """Keep ``value`` as a new object; a pointer of its kind."""
+    """Keep ``value`` as a new object; a pointer of its kind. ``more``: see ``Link.submit``."""
     link.check()
     outgoing = Outgoing(what, link)
     flags = 0 if private else frames.SHARED
@@ -266,7 +266,7 @@ def put(
         kind = TensorPointer
     elif isinstance(value, nn.Module):
         kind = ModulePointer
-    pointer = owned(kind, link, link.submit(message, caller()))
+    pointer = owned(kind, link, link.submit(message, caller(), more=more))
     handle = pointer._handle
     handle.labels = (frozenset(tags), description)
     if isinstance(value, torch.Tensor):

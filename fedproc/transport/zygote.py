@@ -28,6 +28,7 @@ from fedproc.transport.base import WorkerSpec
 from fedproc.transport.undisturbed import undisturbed
 
 FORK_SECONDS = 30.0
+_END_SECONDS = 5.0
 _TURN_SECONDS = 0.05
 _LENGTH = struct.Struct("<I")
 _BOOT = (
@@ -229,7 +230,11 @@ class Zygote:
                 _open_zygotes.discard(self)
                 self._control.close()
                 os.close(self._lifeline)
-                self._process.wait()
+                try:
+                    self._process.wait(_END_SECONDS)
+                except subprocess.TimeoutExpired:  # somebody has stopped it: it notices nothing
+                    self._process.kill()
+                    self._process.wait()
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's descriptors, so that its end is noticed."""

@@ -1,7 +1,9 @@
 """The short ways of a command: what is kept, looked up once or looked up later is still right."""
 
+import _thread
 import gc
 import sys
+import time
 
 import pytest
 import torch
@@ -60,6 +62,14 @@ def test_the_line_is_that_of_the_call_and_not_where_the_function_went_on(bob):
 
 def test_a_place_nobody_knows():
     assert (Site.nowhere().line, str(Site.nowhere())) == (0, "unknown place")
+
+
+def test_a_method_of_ours_may_be_all_that_a_thread_runs(bob):
+    log = bob.send([])
+    _thread.start_new_thread(bob.run, (list.append, log, 1))  # no frame of threading below it
+    deadline = time.monotonic() + 60.0
+    while log.fetch() != [1]:
+        assert time.monotonic() < deadline, "the thread has sent nothing"
 
 
 # ---- what functions are sent as
