@@ -32,7 +32,6 @@ MILLISECONDS = 1e3
 TOLERANCE = 1e-5
 EXACT = ("fedproc, 1 worker", "fedproc, 2 workers")
 RIVALS = ("fedproc, 2 workers", "fedproc, 2 workers, vectorize")  # what a peer is compared with
-NOT_WRITTEN = {"blazefl": "not measured: it needs Python 3.14, and nobody has written this peer"}
 
 FIRST = """
 import time
@@ -58,7 +57,7 @@ def peers() -> tuple[dict[str, str], dict[str, str]]:
     next rounds, ``model()`` returns the parameters as one vector in the order of
     ``workload.model()``, ``close()`` ends it.
     """
-    folder, found, missing = ROOT / "benchmarks" / "peers", {}, dict(NOT_WRITTEN)
+    folder, found, missing = ROOT / "benchmarks" / "peers", {}, {}
     for info in pkgutil.iter_modules([str(folder)]):
         if not info.name.startswith("rounds_"):
             continue
