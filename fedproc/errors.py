@@ -22,17 +22,22 @@
         |-- PrivacyBudgetError                       one more round would exceed max_epsilon
         `-- CheckpointError       (ValueError)       the file is damaged
 
-All of them pickle, with their attributes.
+All of them pickle and can be copied, with their attributes.
 """
 
 import builtins
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+import pickle
+import threading
 from signal import Signals
-from typing import Any
+from typing import Any, TypeVar
 
-_GROUP: type = getattr(builtins, "ExceptionGroup", type(None))
-"""Python 3.11 has exception groups."""
+_E = TypeVar("_E", bound=BaseException)
+_GROUP: type = getattr(builtins, "ExceptionGroup", type(None))  # of Python 3.11
+_ARGS, _DICT = vars(BaseException)["args"], vars(BaseException)["__dict__"]
+"""The real ones: an original's class may have properties of these names."""
 
 
 class FedprocError(Exception):
@@ -40,11 +45,31 @@ class FedprocError(Exception):
 
     def __str__(self) -> str:
         """The message alone (a KeyError would show its repr)."""
-        return str(self.args[0]) if self.args else ""
+        return str((*_ARGS.__get__(self), "")[0])
 
-    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by class, arguments and attributes, without calling ``__init__`` again."""
-        return _restore, (type(self), self.args, self.__dict__)
+        return _reduced(self, _restore, type(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The same: a way of the original's class would make an original."""
+        return type(self).__reduce__(self)
+
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
+        """Set the attributes that were pickled."""
+        _filled(self, state or {})
+
+    def __copy__(self) -> "FedprocError":
+        """Of the same class, also where that does not pickle."""
+        return _filled(_restore(type(self), _ARGS.__get__(self)), attributes(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FedprocError":
+        """As ``copy``, with copies of the attributes; what has none (a lock) is shared."""
+        memo[id(self)] = twin = copy.copy(self)
+        for name, value in attributes(self).items():
+            with contextlib.suppress(Exception):
+                _filled(twin, {name: copy.deepcopy(value, memo)})
+        return twin
 
 
 class PlacementError(FedprocError, TypeError):
@@ -64,7 +89,7 @@ class NotPermittedError(FedprocError, PermissionError):
 
 
 class NotShippableError(FedprocError, TypeError):
-    """The object cannot be pickled; nothing was sent."""
+    """The object cannot be pickled: nothing was sent; or it cannot be loaded here: it stays there."""
 
 
 class ClosedError(FedprocError):
@@ -150,10 +175,9 @@ class RemoteError(FedprocError):
     issued_at: str = ""
     remote_traceback: str = ""
 
-    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, ...]]:
-        """The mixed class is made anew where it is loaded."""
-        original = getattr(type(self), "original", None)
-        return _restore_remote, (original, self.args, self.__dict__)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The mixed class is made anew where it is loaded, of what can be imported there."""
+        return _reduced(self, _restore_remote, _nearest(type(self)))
 
 
 def remote_error(
@@ -170,52 +194,107 @@ def remote_error(
     args: tuple[Any, ...] = (message,)
     if original is not None and issubclass(original, _GROUP):
         # The parts travel as attributes. Without them (one cannot be pickled) there is no group.
-        facts = dict(facts)
-        parts = facts.pop("exceptions", ())
+        parts = facts.get("exceptions", ())
         args, original = ((message, parts), original) if parts else (args, None)
-    error = _restore_remote(original, args, facts)
-    assert isinstance(error, RemoteError)
+    return _filled(_restore_remote(original, args), facts)
+
+
+def original_class(cls: type) -> type[BaseException] | None:
+    """What a class of RemoteErrors is made of; None: of nothing. Any other is the class itself."""
+    return None if cls is RemoteError else vars(cls).get("_fedproc_original", cls)
+
+
+def attributes(error: BaseException) -> dict[str, Any]:
+    """What was set on an exception; those of an OSError are not in its ``__dict__``."""
+    names = ("errno", "strerror", "filename", "filename2") if isinstance(error, OSError) else ()
+    return dict(_DICT.__get__(error)) | {name: vars(OSError)[name].__get__(error) for name in names}
+
+
+def _restore_remote(original: Any, args: tuple[Any, ...]) -> RemoteError:
+    try:
+        mixed: type[RemoteError] = _remote_class(original or RemoteError)
+        return _restore(mixed, args)
+    except Exception:  # noqa: BLE001 - it refuses to be subclassed, or its layout does not combine
+        return _restore(RemoteError, args)
+
+
+def _restore(cls: type[_E], args: tuple[Any, ...]) -> _E:
+    # The nearest built-in class knows how to allocate the instance; user-defined __new__ and
+    # __init__ may want arguments that nobody has here.
+    builtin: Any = cls
+    while builtin.__module__ != "builtins":
+        builtin = builtin.__base__
+    error: _E = builtin.__new__(cls, *args)
+    _ARGS.__set__(error, args)
     return error
 
 
-def _restore_remote(
-    original: type[BaseException] | None, args: tuple[Any, ...], state: dict[str, Any]
-) -> BaseException:
-    mixed: type[BaseException] = RemoteError
-    if original is not None:
-        mixed = _remote_class(original)  # type: ignore[arg-type]  # mypy: a class is hashable
-    return _restore(mixed, args, state)
-
-
-def _restore(
-    cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
-) -> BaseException:
-    # The nearest built-in class knows how to allocate the instance; user-defined __new__ and
-    # __init__ may want arguments that nobody has here.
-    builtin: type[BaseException] = cls
-    while builtin.__module__ != "builtins":
-        builtin = builtin.__base__  # type: ignore[assignment]
-    error = builtin.__new__(cls, *args)
-    # Past a __setattr__ that refuses (frozen dataclasses); errno of an OSError is not in __dict__.
-    BaseException.__setattr__(error, "args", args)
+def _filled(error: _E, state: dict[str, Any]) -> _E:
     for name, value in state.items():
-        BaseException.__setattr__(error, name, value)
+        # Past a __setattr__ that refuses (frozen dataclasses); a property may still refuse.
+        with contextlib.suppress(Exception):
+            BaseException.__setattr__(error, name, value)
     return error
 
 
 @functools.lru_cache(maxsize=256)
-def _remote_class(original: type[BaseException]) -> type[RemoteError]:
-    if not issubclass(original, Exception):
-        return RemoteError
+def _remote_class(original: Any) -> Any:
     if issubclass(original, RemoteError):
         return original
-    namespace = {
-        "original": original,
-        "__module__": "fedproc.errors",
-        "__doc__": original.__doc__,
-    }
-    try:
-        mixed = type(f"Remote{original.__name__}", (RemoteError, original), namespace)
-    except Exception:  # noqa: BLE001 - it refuses to be subclassed, or its layout does not combine
+    if not issubclass(original, Exception):
         return RemoteError
-    return mixed
+    if _made_of(original) is None:
+        told = {"__module__": __name__, "__doc__": original.__doc__}
+        new = type(f"Remote{original.__name__}", (RemoteError, original), told)
+        # Only now: a class that its base has refused may still be listed there.
+        type.__setattr__(new, "_fedproc_original", original)
+    return _made_of(original)  # the first, where another thread made one, too
+
+
+def _made_of(original: Any) -> Any:
+    """The class in use, also where the cache has forgotten it: copies of errors must have it."""
+    return next((c for c in type.__subclasses__(original) if original_class(c) is original), None)
+
+
+_trial = threading.local()  # on: this thread only tries whether something pickles
+
+
+def _pickles(value: Any) -> bool:
+    before, _trial.on = getattr(_trial, "on", False), True
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # noqa: BLE001 - users' __reduce__ and __setstate__ raise anything
+        return False
+    finally:
+        _trial.on = before
+    return True
+
+
+def _reduced(error: BaseException, make: Any, kind: Any) -> tuple[Any, ...]:
+    if getattr(_trial, "on", False):  # it does; and two errors may refer to each other
+        return make, (kind, ()), {}
+    state = {name: value for name, value in attributes(error).items() if _pickles(value)}
+    return make, (kind, tuple(map(_portable, _ARGS.__get__(error)))), state
+
+
+def _portable(value: Any) -> Any:
+    """An argument, or what stands for it where it cannot be pickled."""
+    if _pickles(value):
+        return value
+    if isinstance(value, (tuple, list)):  # the parts of a group
+        return tuple(map(_portable, value))
+    if isinstance(value, BaseException):
+        return _filled(_restore_remote(type(value), _ARGS.__get__(value)), attributes(value))
+    return f"<{type(value).__name__}>"
+
+
+def _nearest(cls: type[BaseException]) -> type[BaseException] | None:
+    """The first class of the original's that can be imported; None: it tells nothing."""
+    original = original_class(cls)
+    for base in () if original is None else original.__mro__:
+        found = original_class(base)
+        if found is None or (found is Exception and original is not Exception):
+            break
+        if issubclass(found, Exception) and _pickles(found):
+            return found
+    return None

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fedproc.cluster import placing
 from fedproc.cluster.functions import functions_of
-from fedproc.cluster.placing import dealt, make_transport, names_of
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
 from fedproc.memory.pages import usable_cores
 from fedproc.transport.base import Transport, WorkerSpec
@@ -68,26 +68,25 @@ class Cluster:
         start_timeout: float = 60.0,
     ) -> None:
         """Start the workers."""
-        names = names_of(workers)
-        _positive(threads=threads, memory_limit=memory_limit, start_timeout=start_timeout)
-        if min_rows < 1:
-            raise ValueError(f"min_rows must be at least 1, not {min_rows}")
-        self.seed = seed
-        self.min_rows = min_rows
+        names = placing.names_of(workers)
+        self.seed = placing.whole("seed", seed)
+        self.min_rows = placing.whole("min_rows", min_rows, 1)
         self.transport = transport
-        self.threads = threads
-        self._restart = restart
+        self.threads = placing.whole_or_none("threads", threads)
+        limit = placing.whole_or_none("memory_limit", memory_limit)
+        timeout = placing.seconds("start_timeout", start_timeout)
+        self._restart = placing.switch("restart", restart)
         self._owner = os.getpid()
         self._closed = False
         self._lock = threading.RLock()
-        each = threads or max(1, usable_cores() // len(names))
+        each = self.threads or max(1, usable_cores() // len(names))
         self._specs = [
-            WorkerSpec(name, seed, each, memory_limit, device)
-            for name, device in zip(names, dealt(devices), strict=False)
+            WorkerSpec(name, self.seed, each, limit, device)
+            for name, device in zip(names, placing.dealt(devices), strict=False)
         ]
         told = None if functions is None else functions_of(functions)
         modules = (preload,) if isinstance(preload, str) else tuple(preload)
-        self._start(make_transport(transport, modules), start_timeout, told)
+        self._start(placing.make_transport(transport, modules), timeout, told)
 
     def _start(self, transport: Transport, timeout: float, functions: Functions | None) -> None:
         """Start the workers; what was begun is ended if that fails."""
@@ -224,10 +223,9 @@ class Cluster:
                 f"wait: {', '.join(map(repr, busy))} not done within {timeout:g} s. The work goes "
                 "on; wait again, or end a worker with worker.kill()."
             )
-        unseen = [error for link in links for error in link.unseen()]
-        if unseen:
-            _, raise_it = min(unseen, key=lambda error: error[0])
-            raise_it()
+        self._supervisor.raise_unseen(links)
+        if self._closed and any(link.inbox.executed < number for link, number in targets):
+            raise ClosedError("wait: the cluster was closed meanwhile; not all work was done")
 
     @property
     def messages(self) -> int:
@@ -256,7 +254,9 @@ class Cluster:
             _open.discard(self)  # last: interrupted before, close() can be called again
 
     def __enter__(self) -> Self:
-        """The cluster itself."""
+        """The cluster itself; ClosedError if it is closed."""
+        if self._closed:
+            raise placing.closed_error("`with cluster`")
         return self
 
     def __exit__(
@@ -276,12 +276,6 @@ class Cluster:
         """The names."""
         state = "closed" if self._closed else self.transport
         return f"<Cluster {', '.join(self._workers)} ({state})>"
-
-
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or value <= 0):
-            raise ValueError(f"{name} must be positive, not {value!r}")
 
 
 def _close_all() -> None:

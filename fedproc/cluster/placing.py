@@ -1,43 +1,124 @@
 """Which workers there are, as what they run, and on which device. Runs in the parent.
 
-No torch here: whether a device is there is for its worker to say.
+What a cluster is asked to be is checked here. No torch: whether a device is there is for its
+worker to say.
 """
 
 import itertools
+import numbers
+import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fedproc.errors import ClosedError, FedprocError, WorkerLostError
 from fedproc.memory.pages import usable_cores
 from fedproc.transport.base import Transport
 from fedproc.transport.inline import InlineTransport
 from fedproc.transport.process import ProcessTransport
+
+if TYPE_CHECKING:
+    from fedproc.cluster.cluster import Cluster
+
+_SHOWN_LOST = 4
+"""Lost workers that an error names."""
 
 
 def names_of(workers: int | Iterable[str] | None) -> list[str]:
     """The workers' names: as given, or ``worker-0`` ...; one per usable core for None.
 
     Raises:
-        ValueError: no workers, or a name that is empty or given twice.
+        ValueError: no names and no whole number, no workers, or a name that is no text, is given
+            twice or cannot be written as UTF-8.
     """
     if workers is None:
         workers = usable_cores()
-    if isinstance(workers, bool):
-        raise ValueError("workers must be a number or names, not a bool")
-    if isinstance(workers, int):
-        if workers < 1:
-            raise ValueError(f"a cluster needs at least one worker, not {workers}")
-        return [f"worker-{number}" for number in range(workers)]
     if isinstance(workers, str):
         raise ValueError(f"workers must be a list of names: [{workers!r}]")
-    names = list(workers)
+    number = _index(workers)
+    if number is not None:
+        if number < 1:
+            raise ValueError(f"a cluster needs at least one worker, not {number}")
+        return [f"worker-{number}" for number in range(number)]
+    try:
+        names = iter(workers)  # type: ignore[arg-type]  # a number is none of the usual ones
+    except TypeError:
+        raise ValueError(
+            f"workers must be names or a whole number of at least 1, got {workers!r}"
+        ) from None
+    return _distinct(list(names))
+
+
+def _distinct(names: list[str]) -> list[str]:
     if not names:
         raise ValueError("a cluster needs at least one worker: the list of names is empty")
     for name in names:
-        if not name or type(name) is not str:
+        if type(name) is not str or not name:
             raise ValueError(f"a worker's name is a text that is not empty, not {name!r}")
+        if "\0" in name or any("\ud800" <= sign <= "\udfff" for sign in name):
+            # its process is told the name, and half of a pair of surrogates has no bytes
+            raise ValueError(f"a worker's name must be UTF-8 without zero bytes, not {name!r}")
         if names.count(name) > 1:
             raise ValueError(f"the name {name!r} is given twice; every worker needs its own")
     return names
+
+
+def whole(name: str, value: object, least: int | None = None) -> int:
+    """``value`` as an int, if it is a whole number; those of NumPy are, a bool is not.
+
+    Raises:
+        ValueError: it is not, or is below ``least``.
+    """
+    number = _index(value)
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, got {value!r}")
+    return number
+
+
+def whole_or_none(name: str, value: object) -> int | None:
+    """``value`` as an int of at least 1, or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = None if value is None else _index(value)
+    if value is not None and (number is None or number < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}")
+    return number
+
+
+def seconds(name: str, value: object) -> float:
+    """``value`` as a float above 0.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = float(value) if real else 0.0  # type: ignore[arg-type]  # mypy loses what it is
+    if not number > 0:  # NaN is not
+        raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
+    return number
+
+
+def switch(name: str, value: object) -> bool:
+    """``value``, if it is True or False.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _index(value: object) -> int | None:
+    """``value`` as an int; None if it is no whole number."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # whether it is one, is the question
+    except TypeError:
+        return None
 
 
 def make_transport(kind: str, preload: tuple[str, ...]) -> Transport:
@@ -66,3 +147,47 @@ def dealt(devices: Iterable[Any] | None) -> Iterator[str]:
     if not names:
         raise ValueError("the list of devices is empty; leave it out, and workers use the CPU")
     return itertools.cycle(names)
+
+
+def closed_error(doing: str) -> ClosedError:
+    """For what needs the workers of a cluster that is closed."""
+    return ClosedError(
+        f"{doing}: the cluster is closed; its workers and what they held are gone. Do it before "
+        "the end of the `with` block, or make a new Cluster."
+    )
+
+
+def none_left(cluster: "Cluster", last: str | None = None) -> FedprocError:
+    """Why no worker of a cluster is alive: it was closed, or all were lost.
+
+    Args:
+        cluster: whose workers are gone.
+        last: name of the one that was lost last, if that is known; it is named first.
+    """
+    if cluster.closed:
+        return closed_error("federated data")
+    ends = {name: worker.link.end for name, worker in cluster._workers.items()}
+    names = sorted(ends, key=lambda name: name != last)
+    shown = [f"{name!r} ended{_how(ends[name])}" for name in names[:_SHOWN_LOST]]
+    if len(names) > len(shown):
+        shown.append(f"and {len(names) - len(shown)} more")
+    remedy = (
+        "They are replaced when they are asked for, and were lost again: look at what ends them."
+        if cluster._restart
+        else "Make the cluster with Cluster(restart=True), which replaces the lost, or start one "
+        f"again with cluster.replace(cluster[{names[0]!r}]); federated data comes back by itself."
+    )
+    end = ends[names[0]]
+    lost = end if isinstance(end, WorkerLostError) else WorkerLostError("")
+    return WorkerLostError(
+        f"no worker of the cluster is alive: {', '.join(shown)}. {remedy}",
+        worker=names[0],
+        exitcode=lost.exitcode,
+        last_command=lost.last_command,
+    )
+
+
+def _how(end: FedprocError | None) -> str:
+    if not isinstance(end, WorkerLostError) or end.exitcode is None:
+        return ""
+    return f" with exit code {end.exitcode}" if end.signal is None else f" by {end.signal.name}"

@@ -10,6 +10,7 @@ from fedproc.cluster.functions import Functions
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.memory.spares import SPARES
+from fedproc.remote.failures import Failures
 from fedproc.remote.hub import Hub
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -58,6 +59,7 @@ class Supervisor:
         self._timeout = timeout
         self._numbers = itertools.count(1)
         self._links: set[Link] = set()  # of all that were started and not ended
+        self._replaced: list[Failures] = []  # of links that are gone, unseen when they went
         self._sync = os.environ.get("FEDPROC_SYNC", "") not in ("", "0")
 
     def start(self, specs: Sequence[WorkerSpec]) -> list[Worker]:
@@ -141,12 +143,22 @@ class Supervisor:
     def forget(self, gone: Worker, workers: Iterable[Worker]) -> None:
         """Let go of a worker that is gone, and have the others unmap its arena."""
         self.end([gone.link])
+        if any(gone.link.failures.unseen()):
+            self._replaced.append(gone.link.failures)
         name = gone.link.arena_name
         for worker in workers:
             if name in worker.link.attached and worker.link.end is None:
                 worker.link.attached.discard(name)
                 record = plain(commands.Attach(name, 0), "forget")
                 worker.link.submit(record, Site.nowhere())
+
+    def raise_unseen(self, links: Sequence[Link]) -> None:
+        """Raise the first error, in the order of submission, that nobody has looked at."""
+        unseen = [error for old in self._replaced for error in old.unseen()]
+        unseen += [error for link in links for error in link.unseen()]
+        if unseen:
+            _, raise_it = min(unseen, key=lambda error: error[0])
+            raise_it()
 
     def end(self, links: Sequence[Link]) -> None:
         """End workers: idle ones are asked to stop, busy ones are killed. Never raises."""

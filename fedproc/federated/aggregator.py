@@ -15,9 +15,8 @@ from fedproc.errors import PrivacyBudgetError
 from fedproc.events import ignore
 from fedproc.federated import checkpoint, evaluation
 from fedproc.federated.course import Course
-from fedproc.federated.crew import Crew
+from fedproc.federated.crew import Crew, copied
 from fedproc.federated.evaluation import EvaluationRows
-from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.history import History, RoundRecord
 from fedproc.federated.privacy import open_ledger, warn_of_weakness
 from fedproc.federated.round import Rules
@@ -26,9 +25,10 @@ from fedproc.federated.secure_aggregation import how_to_play
 from fedproc.federated.strategies import FedAvg, Strategy
 from fedproc.federated.timeline import Timeline
 from fedproc.federated.validation import (
+    callables,
     require_alone,
-    require_callable,
     require_deadline,
+    require_open,
     require_parts,
     require_reachable,
     weight_of,
@@ -81,6 +81,8 @@ class Aggregator:
 
     Raises:
         ValueError: A value is outside of its range, or the strategy cannot work with the others.
+        NotShippableError: The model holds what cannot be copied.
+        ClosedError: The cluster of the data is closed, here and in all that needs the workers.
     """
 
     def __init__(
@@ -103,14 +105,13 @@ class Aggregator:
     ) -> None:
         """Checks everything and copies the model; workers get it with the first round."""
         require_parts(model, data, local, strategy)
-        require_callable(callbacks)
         size = cohort_size(clients_per_round, len(data.clients))
         ledger = open_ledger(privacy, len(data.clients), clients_per_round, weighting, strategy)
         if ledger is None:
             require_reachable(min_clients, size)
         strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
-        self._callbacks, self._global = tuple(callbacks), GlobalModel(model)
+        self._callbacks, self._global = callables(callbacks), copied(model)
         rules = Rules(
             strategy=strategy,
             weigh=weight_of(weighting),
@@ -160,6 +161,7 @@ class Aggregator:
             QuorumError: A round failed; the model is as it was before that round.
             ValueError: A value is outside of its range.
         """
+        require_open(self.data.cluster, "run")
         require_at_least("rounds", rounds, 0)
         require_at_least("evaluate_every", evaluate_every, 1)
         rows = None if evaluate_on is None else EvaluationRows(evaluate_on)
@@ -168,8 +170,7 @@ class Aggregator:
         try:
             while self._course.round < last:
                 due = rows if (self._course.round + 1) % evaluate_every == 0 else None
-                record = self._course.play(due, bar or ignore, last)
-                if self._stopped_by(record):
+                if self._stopped_by(self._course.play(due, bar or ignore, last)):
                     break
         except PrivacyBudgetError as error:
             warnings.warn(f"run ended early: {error}", UserWarning, stacklevel=2)
@@ -184,6 +185,7 @@ class Aggregator:
         Raises:
             QuorumError: Too few clients finished; the model is unchanged.
         """
+        require_open(self.data.cluster, "run_round")
         record = self._course.play(None, ignore, self._course.round + 1)
         self._stopped_by(record)
         return record
@@ -197,6 +199,7 @@ class Aggregator:
         Raises:
             QuorumError: Too few clients finished; nothing is written.
         """
+        require_open(self.data.cluster, "profile")
         timeline = Timeline([worker.name for worker in self.data.cluster.workers])
         record = self._course.play(None, ignore, self._course.round + 1, timeline)
         timeline.write(path, f"round {record.round}")
@@ -220,6 +223,7 @@ class Aggregator:
             RemoteError: The model or the loss failed.
             ValueError: There are no rows.
         """
+        require_open(self.data.cluster, "evaluate")
         self._course.refresh()
         return evaluation.evaluate(
             self._crew, self._global.block(), EvaluationRows(data), loss, metrics
@@ -231,6 +235,7 @@ class Aggregator:
         Returns:
             Client -> evaluation; loss and accuracy of a client without rows are None.
         """
+        require_open(self.data.cluster, "evaluate_clients")
         self._course.refresh()
         return evaluation.evaluate_clients(self._crew, self._global.block())
 
@@ -239,6 +244,7 @@ class Aggregator:
 
         Raises:
             TypeError: A client keeps something that cannot be saved.
+            OSError: The file cannot be written: its folder is missing, or it is no regular file.
         """
         checkpoint.save(path, self.model, self._course.identity(), self._course.saved())
 

@@ -59,7 +59,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, identity: Identity, sav
 
     Raises:
         TypeError: A client keeps something that cannot be saved.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or is no regular file.
     """
     kept: dict[str, Tensor] = {}
     document = {

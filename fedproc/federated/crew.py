@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fedproc.client.trail import IDLE, Trail
 from fedproc.client.trainer import Trainer
 from fedproc.client.work import Work
-from fedproc.errors import WorkerLostError
+from fedproc.cluster.placing import none_left
+from fedproc.errors import NotShippableError, WorkerLostError
+from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.lane import Pace
 from fedproc.federated.stacking import Stacking
 
@@ -130,10 +132,11 @@ class Crew:
 
         Raises:
             WorkerLostError: There is none.
+            ClosedError: The cluster is closed.
         """
         names = [worker.name for worker in self.data.cluster.workers if worker.alive]
         if not names:
-            raise WorkerLostError("no worker of the cluster is alive")
+            raise none_left(self.data.cluster)
         return names
 
     def worker(self, name: str) -> Worker:
@@ -162,8 +165,36 @@ class Crew:
         blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers
-        model, plan = worker.send(self._model), worker.send(work)
+        try:
+            model = worker.send(self._model)
+        except NotShippableError as error:
+            raise _unshippable(self._model, error) from error
+        plan = worker.send(work)
         return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
+
+
+def copied(model: nn.Module) -> GlobalModel:
+    """Copies the model that is given to an aggregator.
+
+    Raises:
+        NotShippableError: It holds what cannot be copied.
+        ValueError: It has nothing to train, or tensors without a defined mean.
+    """
+    try:
+        return GlobalModel(model)
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise _unshippable(model, error) from error
+
+
+def _unshippable(model: nn.Module, error: Exception) -> NotShippableError:
+    cause = error.__cause__ or error  # what was met, not what was being done
+    return NotShippableError(
+        f"the model, a {type(model).__qualname__}, cannot be copied for the workers: "
+        f"{type(cause).__name__}: {cause}. Keep locks, open files, connections and the like out of "
+        "it, or leave them out of what its __getstate__ returns."
+    )
 
 
 def training_threads(cluster: Cluster) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 from fedproc.client.ranges import require_at_least, require_seed
 from fedproc.client.seeding import derive_seed
-from fedproc.errors import WorkerLostError
+from fedproc.cluster.placing import none_left
 from fedproc.federated.holding import (
     Block,
     Factory,
@@ -26,8 +26,9 @@ from fedproc.federated.holding import (
     hold,
 )
 from fedproc.federated.partition import ByKey, Partition, split
-from fedproc.federated.rows import as_rows
+from fedproc.federated.rows import as_rows, rows_of
 from fedproc.federated.summary import Summary, summarise
+from fedproc.federated.validation import require_clients, require_cluster, require_functions
 
 if TYPE_CHECKING:
     from fedproc.cluster.cluster import Cluster
@@ -60,7 +61,8 @@ class FederatedDataset:
         Raises:
             ValueError: No shards, or a shard is no pair of equal length.
         """
-        sources = {client: RowsSource(*as_rows(data)) for client, data in shards.items()}
+        require_clients("shards", shards, "(x, y)")
+        sources = {client: RowsSource(*pair) for client, pair in rows_of(shards).items()}
         self._place(sources, cluster, private=private)
 
     @classmethod
@@ -79,6 +81,7 @@ class FederatedDataset:
             RemoteError: A factory failed.
             ValueError: No factories.
         """
+        require_functions("factories", factories)
         sources = {client: FactorySource(make) for client, make in factories.items()}
         return cls.from_sources(sources, cluster, private=private)
 
@@ -96,6 +99,8 @@ class FederatedDataset:
         return data
 
     def _place(self, sources: Mapping[str, Source], cluster: Cluster, *, private: bool) -> None:
+        require_clients("sources", sources, "source")
+        require_cluster(cluster)
         if not sources:
             raise ValueError("there must be at least one client")
         for client in sources:
@@ -191,6 +196,7 @@ class FederatedDataset:
 
         Raises:
             WorkerLostError: No worker is alive, or another one was lost meanwhile.
+            ClosedError: The cluster is closed.
         """
         self._holdings = {n: held for n, held in self._holdings.items() if held.worker.alive}
         homeless: dict[str, list[str]] = {}
@@ -200,8 +206,7 @@ class FederatedDataset:
         alive = [worker.name for worker in self.cluster.workers if worker.alive]
         for home, clients in homeless.items():
             if not alive:
-                message = "no worker of the cluster is alive: nobody can hold the data"
-                raise WorkerLostError(message, worker=home)
+                raise none_left(self.cluster, home)
             self._spread(clients, [home] if home in alive else alive)
 
     def _spread(self, clients: Sequence[str], workers: Sequence[str]) -> None:
@@ -253,7 +258,8 @@ def federate(
     """Splits data over clients and puts them on the workers.
 
     Args:
-        data: A pair (x, y) of tensors or arrays, or a map-style dataset of such pairs.
+        data: A pair (x, y) of tensors or arrays, or a map-style dataset of such pairs, such as a
+            list of them.
         cluster: Where the clients live.
         clients: Number of clients, named ``client-000``…; None makes one per worker, with its
             name (for :class:`fedproc.partition.ByKey`: one per key).
@@ -266,8 +272,9 @@ def federate(
         The data on the workers; rows keep their order inside a client.
 
     Raises:
-        ValueError: Fewer rows than clients, or a partition that is not exact.
+        ValueError: No data, no cluster, fewer rows than clients, or an inexact partition.
     """
+    require_cluster(cluster)
     x, y = as_rows(data)
     names = _names(clients, partition, cluster)
     rng = np.random.default_rng(derive_seed(require_seed(seed), "partition"))

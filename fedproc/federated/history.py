@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -112,6 +113,15 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _strict(value: Any) -> Any:
+    """Returns data for JSON with None in place of numbers that JSON cannot say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _strict(part) for name, part in value.items()}
+    return [_strict(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 class History(Sequence[RoundRecord]):
     """The records of all rounds so far, oldest first."""
 
@@ -156,12 +166,19 @@ class History(Sequence[RoundRecord]):
         self._records[-1] = record
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns ``{"rounds": [record, …]}`` as data for JSON."""
+        """Returns ``{"rounds": [record, …]}`` as data for JSON; NaN and infinite stay as they are.
+
+        JSON has no names for them: :meth:`to_json` writes null.
+        """
         return {"rounds": [record.to_dict() for record in self._records]}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`to_dict` to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes :meth:`to_dict` to a file, null for numbers that are NaN or infinite.
+
+        So the epsilon of privacy without noise is null, as it is without privacy.
+        """
+        text = json.dumps(_strict(self.to_dict()), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per round; metrics have columns of their own."""

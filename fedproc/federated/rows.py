@@ -5,6 +5,7 @@ Runs in the parent, and in workers for the results of factories.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -30,8 +31,13 @@ class MapDataset(Protocol):
 def as_rows(data: object) -> tuple[Tensor, Tensor]:
     """Turns data into inputs (rows, ...) and targets (rows, ...).
 
+    A list or tuple of pairs is a dataset with one row per pair. One of two elements can mean both:
+    it is the pair (x, y) if its elements are arrays or can be made into arrays, as those of
+    ``[[a, b], [c, d]]`` with numbers can: x is [a, b], and y is [c, d]. Only where they cannot, as
+    in ``[(image, label), (image, label)]``, is it two rows.
+
     Args:
-        data: A pair of tensors or arrays, or a map-style dataset of pairs.
+        data: A pair of tensors or arrays, or a map-style dataset of pairs, such as a list of them.
 
     Returns:
         Two detached CPU tensors; tensors and arrays are shared with the caller where possible.
@@ -40,9 +46,7 @@ def as_rows(data: object) -> tuple[Tensor, Tensor]:
         ValueError: Not such data, or inputs and targets of unlike length.
     """
     if isinstance(data, (tuple, list)):
-        if len(data) != 2:
-            raise ValueError(f"data must be a pair (x, y), got {len(data)} parts")
-        x, y = (_as_tensor(part) for part in data)
+        x, y = _listed(data)
     elif isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
         x, y = (tensor.detach().cpu() for tensor in data.tensors)
     elif isinstance(data, MapDataset) and not isinstance(data, (Mapping, Tensor, np.ndarray)):
@@ -57,6 +61,41 @@ def as_rows(data: object) -> tuple[Tensor, Tensor]:
             "inputs and targets must have one row each per example, got shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
+    return x, y
+
+
+def rows_of(clients: Mapping[str, object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Turns the data of every client into its rows, as :func:`as_rows` does.
+
+    Raises:
+        ValueError: Some client has no such data; it is named.
+    """
+    found = {}
+    for client, data in clients.items():
+        try:
+            found[client] = as_rows(data)
+        except ValueError as error:
+            raise ValueError(f"client {client!r}: {error}") from error
+    return found
+
+
+def _listed(data: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Turns a pair, or a list of rows that are pairs, into inputs and targets."""
+    rows = bool(data) and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in data)
+    if len(data) != 2:
+        if rows:
+            return _stacked(data)
+        raise ValueError(
+            f"data must be a pair (x, y) or a list of pairs, one per row; got {len(data)} parts"
+        )
+    try:
+        x, y = (_as_tensor(part) for part in data)
+    except (ValueError, TypeError, RuntimeError):  # numpy cannot make an array of it
+        if not rows:
+            raise
+        with contextlib.suppress(ValueError):
+            return _stacked(data)
+        raise  # no rows either: what is wrong with it as a pair says more
     return x, y
 
 
@@ -102,6 +141,6 @@ def _named_pair(row: Mapping[Any, Any]) -> Sequence[Any]:
 
 
 def _stack(values: Sequence[Any]) -> Tensor:
-    if isinstance(values[0], Tensor):
-        return torch.stack([value.detach().cpu() for value in values])
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([_as_tensor(value) for value in values])
     return _as_tensor(np.stack([np.asarray(value) for value in values]))

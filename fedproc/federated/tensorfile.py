@@ -8,8 +8,10 @@ file runs no code. A checksum covers the document, the index and the bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
@@ -46,14 +48,16 @@ def write(
     """Writes a file; it appears as a whole or not at all, also after a crash.
 
     Args:
-        path: The file; an older one of that name is replaced.
+        path: The file; an older one of that name is replaced. A link to it stays a link.
         document: Anything JSON can hold.
         tensors: Name -> dense CPU tensor of a dtype that safetensors knows.
 
     Raises:
         TypeError: A dtype without a name in the format.
-        OSError: The file cannot be written; an older one is still there.
+        OSError: The file cannot be written; an older one is still there, and so is what is no
+            regular file: a folder, pipe or device.
     """
+    target = _target(path)
     flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     index = _index(flat)
     text = json.dumps(document)
@@ -61,7 +65,6 @@ def write(
     metadata["checksum"] = _checksum(text, index, (_bytes(tensor) for tensor in flat.values()))
     header = json.dumps({"__metadata__": metadata, **index}).encode()
     header += b" " * (-len(header) % 8)
-    target = Path(path)
     # One name for the unfinished file: what a kill leaves behind is overwritten by the next save.
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -76,6 +79,25 @@ def write(
     finally:
         partial.unlink(missing_ok=True)
     _sync_directory(target.parent)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """Returns where the file is to be, behind all links."""
+    target = Path(os.path.realpath(path))
+    folder = target.parent
+    if not folder.exists():
+        why = "the folder to save in does not exist; create it first"
+        raise FileNotFoundError(errno.ENOENT, why, str(folder))
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, and no folder to save in", str(folder))
+    if target.is_dir():
+        why = "a folder, and no file to save to; name a file in it"
+        raise IsADirectoryError(errno.EISDIR, why, str(path))
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        # a file in its place would cut off whoever reads from it
+        why = "no regular file but a pipe, a device or the like; name another file"
+        raise shutil.SpecialFileError(errno.EINVAL, why, str(path))
+    return target
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,22 +5,58 @@ Runs in the parent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.training import LocalTraining
-from fedproc.federated.data import FederatedDataset
+from fedproc.cluster.cluster import Cluster
+from fedproc.cluster.placing import closed_error
 from fedproc.federated.strategies import Strategy
 
-if TYPE_CHECKING:
-    from fedproc.cluster.cluster import Cluster
+
+def require_cluster(cluster: object) -> None:
+    """Raises ValueError unless this is a cluster, and ClosedError if it is closed."""
+    if not isinstance(cluster, Cluster):
+        raise ValueError(f"cluster must be a fedproc.Cluster, got {_kind(cluster)}")
+    require_open(cluster, "federated data")
+
+
+def require_open(cluster: Cluster, doing: str) -> None:
+    """Raises ClosedError if the cluster is closed; ``doing`` is what needs it."""
+    if cluster.closed:
+        raise closed_error(doing)
+
+
+def require_clients(name: str, given: object, what: str) -> None:
+    """Raises ValueError unless ``given`` maps clients to something; ``what`` says to what."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be a dict of client -> {what}, got {_kind(given)}")
+
+
+def require_functions(name: str, given: object) -> None:
+    """Raises ValueError unless ``given`` maps clients to what can be called."""
+    require_clients(name, given, "function without arguments")
+    for client, make in dict(given).items():  # type: ignore[call-overload]  # it was looked at
+        if not callable(make):
+            raise ValueError(
+                f"{name}: that of client {client!r} must be a function without arguments, got "
+                f"{_kind(make)}"
+            )
 
 
 def require_parts(model: object, data: object, local: object, strategy: object) -> None:
-    """Raises ValueError unless these can be the parts of an aggregator."""
+    """Checks what an aggregator is made of.
+
+    Raises:
+        ValueError: It cannot be made of these.
+        ClosedError: The cluster of the data is closed.
+    """
+    from fedproc.federated.data import FederatedDataset  # which checks its own arguments here
+
     if not isinstance(model, nn.Module):
         message = f"model must be a local torch.nn.Module, got {type(model).__name__}"
     elif not isinstance(data, FederatedDataset):
@@ -36,6 +72,7 @@ def require_parts(model: object, data: object, local: object, strategy: object) 
             f"strategy must be an object of fedproc.strategies, such as FedAvg(), got {strategy!r}"
         )
     else:
+        require_open(data.cluster, "Aggregator")
         return
     raise ValueError(message)
 
@@ -55,13 +92,33 @@ def _one(rows: int) -> float:  # noqa: ARG001 - called as a weight of rows
     return 1.0
 
 
-def require_callable(callbacks: Sequence[object]) -> None:
-    """Raises ValueError for a callback that cannot be called."""
-    for callback in callbacks:
+def callables(callbacks: object) -> tuple[Callable[..., Any], ...]:
+    """Returns the callbacks as a tuple.
+
+    Raises:
+        ValueError: They are no list, or one of them cannot be called.
+    """
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        kind, remedy = _kind(callbacks), ""
+        if callable(callbacks):
+            remedy = "; pass [fn]" if kind == "a function" else "; pass it in a list"
+        raise ValueError(f"callbacks must be a list of callables, got {kind}{remedy}")
+    found = tuple(callbacks)
+    for callback in found:
         if not callable(callback):
             raise ValueError(
                 f"a callback must be callable as (aggregator, record), got {callback!r}"
             )
+    return found
+
+
+def _kind(value: object) -> str:
+    """Says what came in place of what was asked for; data are not shown."""
+    if value is None:
+        return "None"
+    if inspect.isroutine(value):
+        return "a function"
+    return f"a {type(value).__qualname__}"
 
 
 def require_reachable(min_clients: int, cohort: int) -> None:

@@ -46,7 +46,8 @@ class Arena:
 
     Attributes:
         fd: read-only descriptor to pass to others (SCM_RIGHTS); -1 once closed.
-        size_bytes: length of the sparse file.
+        size_bytes: what blocks may take of the sparse file; one page follows, for ``done``.
+        done: its first number is for the owner to write, ``pages.number_at`` reads it.
 
     Raises:
         ValueError: the limit is not positive.
@@ -61,8 +62,9 @@ class Arena:
         self._owner = os.getpid()
         self._writable, self.fd, self._must_reserve = pages.create_file(name)
         self._close = pages.closer(self, self._writable, self.fd)
-        os.ftruncate(self._writable, self.size_bytes)
-        self._map: mmap.mmap | None = mmap.mmap(self._writable, self.size_bytes)
+        os.ftruncate(self._writable, self.size_bytes + mmap.PAGESIZE)
+        self._map: mmap.mmap | None = mmap.mmap(self._writable, self.size_bytes + mmap.PAGESIZE)
+        self.done = memoryview(self._map)[self.size_bytes :].cast("Q")
         self._address = pages.address_of(self._map)
         pages.seal(self._writable, self.fd)
         self._lock = threading.Lock()
@@ -173,6 +175,7 @@ class Arena:
         """Close the descriptors. The memory stays valid under the views that still exist."""
         self._owner = self.fd = -1
         self._map = None
+        self.done.release()
         self._close()
 
     def _drain(self) -> None:
@@ -216,10 +219,10 @@ class Arena:
             remedy = "Free objects, run fewer workers, or use a machine with more memory."
         else:
             remedy = pages.FULL_FILE if self._must_reserve else pages.SCATTERED
+        wanted, used_text, limit, rest = map(pages.size_text, (nbytes, used, self.size_bytes, room))
         return ArenaFullError(
-            f"the shared memory {self._name!r} has no room for {_text(nbytes)}: {_text(used)} of "
-            f"its limit of {_text(self.size_bytes)} are used, and {_text(room)} of the memory "
-            f"available here may be touched. {remedy}"
+            f"the shared memory {self._name!r} has no room for {wanted}: {used_text} of its limit "
+            f"of {limit} are used, and {rest} of the memory available here may be touched. {remedy}"
         )
 
     def _not_allocated(self, block: Block) -> ValueError:
@@ -294,7 +297,3 @@ class _Lease(weakref.ref[Bytes]):
 
     __slots__ = ("block",)
     block: Block
-
-
-def _text(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes:,} bytes"

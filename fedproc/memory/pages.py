@@ -129,6 +129,16 @@ def prefer_large(address: int, nbytes: int) -> None:
         _madvise(start, address + nbytes - start, mmap.MADV_HUGEPAGE)
 
 
+def size_text(nbytes: int) -> str:
+    """The size as errors show it."""
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes:,} bytes"
+
+
+def number_at(fd: int, offset: int) -> int:
+    """The number of 8 bytes that another process keeps there; 0 if the file is shorter."""
+    return int.from_bytes(os.pread(fd, 8, offset), sys.byteorder)
+
+
 def address_of(mapping: mmap.mmap) -> int:
     """Where in this process's memory a mapping begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))

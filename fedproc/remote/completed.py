@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from fedproc.errors import CommandTimeoutError
+from fedproc.remote.group import pointers_among
 from fedproc.remote.herald import call_soon
 from fedproc.remote.pointer import Pointer
 
@@ -16,7 +17,7 @@ class Completed:
 
     def __init__(self, pointers: Iterable[Pointer], timeout: float | None) -> None:
         """``timeout``: seconds from now."""
-        self._waiting = list(pointers)
+        self._waiting = pointers_among(pointers, "as_completed needs")
         self._ready: deque[Pointer] = deque()
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -130,6 +131,7 @@ def as_completed(pointers: Iterable[Pointer], timeout: float | None = None) -> C
         timeout: seconds from this call; None: as long as the workers live.
 
     Raises:
+        TypeError: something that is no pointer.
         CommandTimeoutError: while iterating: the time has passed and some are not done.
         ClosedError: this is a forked child.
     """

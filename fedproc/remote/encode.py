@@ -49,6 +49,7 @@ class Outgoing:
         self._operation = operation
         self._pointers: list[Pointer] = []
         self._packer = Packer()
+        self._arrays: list[np.ndarray[Any, Any]] = []
 
     def encode(
         self, record: type[Any], fields: tuple[Any, ...], flags: int, **rest: Any
@@ -123,21 +124,25 @@ class Outgoing:
         self._pointers.append(pointer)
         return handle.oid
 
-    def _array(self, _: Any) -> int:
-        raise PlacementError(
-            f"{self.what}: a NumPy array is here, the pointer's object on another process. Send "
-            "the array first: worker.send(torch.from_numpy(array))."
-        )
+    def _array(self, array: "np.ndarray[Any, Any]") -> int:
+        """Refused when the pointer beside it is known; until then it stands for nothing."""
+        self._arrays.append(array)
+        return 0
 
     def _check_tensors(self) -> None:
-        if self._packer.tensors and self._pointers:
-            tensor, pointer = self._packer.tensors[0], self._pointers[0]
-            name = pointer._data().link.name
-            raise PlacementError(
-                f"{self.what}: {pointer!r} is on worker {name!r}, but a local tensor of shape "
-                f"{tuple(tensor.shape)} is in this process. Nothing was moved. Send it first: "
-                f"cluster[{name!r}].send(tensor); or bring the other home: pointer.get()."
-            )
+        for local, kind, sent in (
+            (self._arrays, "NumPy array", "torch.from_numpy(array)"),
+            (self._packer.tensors, "tensor", "tensor"),
+        ):
+            if local and self._pointers:
+                pointer = self._pointers[0]
+                name = pointer._data().link.name
+                raise PlacementError(
+                    f"{self.what}: {pointer!r} is on worker {name!r}, but a local {kind} of shape "
+                    f"{tuple(local[0].shape)} is in this process. Nothing was moved. Send it "
+                    f"first: cluster[{name!r}].send({sent}); or bring the other home: "
+                    "pointer.get()."
+                )
 
     def _apart(self, pointer: "Pointer") -> PlacementError:
         theirs = pointer._data().link
@@ -217,7 +222,10 @@ def sent_as(function: Any) -> tuple[Any, str]:
     if not callable(function):
         raise TypeError(f"run needs a function to run, not a {kind.__qualname__}: {function!r}")
     shown = str(getattr(function, "__qualname__", None) or kind.__qualname__)
-    return function_name(function) or _name_of(function) or function, shown
+    name = function_name(function)
+    if name is not None:  # qualified names in torch are those of its internals; of classes not
+        return name, shown if isinstance(function, type) else name
+    return _name_of(function) or function, shown
 
 
 def _name_of(function: Any) -> str | None:

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError
+from fedproc.errors import ClosedError, CommandTimeoutError, FedprocError, WorkerLostError
 from fedproc.memory import pages
 from fedproc.transport.base import Process
 
@@ -50,6 +50,15 @@ def late(worker: str, what: str, timeout: float | None) -> CommandTimeoutError:
     return CommandTimeoutError(
         f"{what}: worker {worker!r} was not done within {timeout:g} s. The command goes on "
         "and the object is unchanged: ask again, or end the worker with worker.kill()."
+    )
+
+
+def reentered(worker: str, what: str) -> FedprocError:
+    """A signal handler has interrupted its own thread where only that one can go on."""
+    return FedprocError(
+        f"{what}: a signal handler or finalizer cannot use worker {worker!r} here: it has "
+        "interrupted its own thread in the middle of sending, reading or writing. Set a flag in it "
+        "and act on it outside, or let another thread do it."
     )
 
 

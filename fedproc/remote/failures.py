@@ -80,9 +80,10 @@ class Failures:
             yield number, lambda number=number: self.raise_for(number)  # type: ignore[misc]
 
     def _exception(self, failure: Failure, site: Site) -> BaseException:
-        if failure.own is not None:
-            own: BaseException = pickle.loads(failure.own)
-            if not own.args or str(site) == "unknown place":
+        own: BaseException | None = _load(failure.own)
+        if own is not None:
+            args = type(own).args  # a property of a user's class need not take others
+            if args is not BaseException.args or not own.args or str(site) == "unknown place":
                 return own
             own.args = (f"{own.args[0]}\n  issued at {site}", *own.args[1:])
             return own

@@ -34,12 +34,9 @@ class PointerGroup:
             ValueError: none, or two on the same worker.
             TypeError: something that is no pointer.
         """
-        self._members = tuple(members)
+        self._members = tuple(pointers_among(members, "a group binds"))
         if not self._members:
             raise ValueError("a group needs at least one pointer")
-        for member in self._members:
-            if not issubclass(type(member), Pointer):
-                raise TypeError(f"a group binds pointers, not a {type(member).__qualname__}")
         names = [member.worker for member in self._members]
         for worker in names:
             if sum(worker is other for other in names) > 1:
@@ -207,15 +204,38 @@ def _holds_pointers(result: Any) -> bool:
     return isinstance(result, tuple) and any(issubclass(type(one), Pointer) for one in result)
 
 
+def pointers_among(given: Iterable[Pointer], what: str) -> list[Pointer]:
+    """``given`` as a list.
+
+    Args:
+        given: what a user passes as pointers.
+        what: who does what with them, for the error.
+
+    Raises:
+        TypeError: something that is no pointer.
+    """
+    try:
+        found = iter(given)
+    except TypeError as error:
+        kind = type(given).__qualname__
+        raise TypeError(f"{what} a list of pointers, not a {kind}") from error
+    pointers = list(found)
+    for pointer in pointers:
+        if not issubclass(type(pointer), Pointer):
+            raise TypeError(f"{what} pointers, not a {type(pointer).__qualname__}")
+    return pointers
+
+
 def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[Any]:
     """Copies of the values of several pointers, waited for together.
 
     Raises:
         Exception: the first error in the order of the arguments, after all are done.
+        TypeError: something that is no pointer; nothing was asked for.
         CommandTimeoutError: not all done within ``timeout`` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    wanted = list(pointers)
+    wanted = pointers_among(pointers, "gather needs")
     asked = [_ask(pointer) for pointer in wanted]
     values = [_gathered(one, deadline) for one in asked]
     for place, value in enumerate(values):

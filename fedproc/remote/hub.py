@@ -9,6 +9,10 @@ Ctrl-C may raise KeyboardInterrupt in the main thread after any call, also after
 taken a lock. So locks are taken by ``with`` on the lock itself (one step of the interpreter), or
 tried inside ``list.extend(map(...))``, which notes the outcome in the same step; never through
 Condition or Event, whose methods are Python code that can be interrupted with the lock in hand.
+
+A signal handler of the user may wait, too, while the thread it interrupts leads. Mostly that one is
+*at rest*, it looks or sleeps until something arrives: then the handler reads on in its place. In
+the middle of reading or writing nobody can go on but the interrupted code: the handler is told so.
 """
 
 import contextlib
@@ -18,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from fedproc.remote.ending import reentered
 from fedproc.remote.herald import Herald
 from fedproc.remote.stalls import Stalls
 from fedproc.transport.channel import Lookout
@@ -35,6 +40,8 @@ _POLL_SECONDS = 0.5
 class Readable(Protocol):
     """What the hub asks of a link."""
 
+    name: str
+
     def fileno(self) -> int:
         """Descriptor to poll, -1 when there is nothing to read any more."""
 
@@ -46,6 +53,9 @@ class Readable(Protocol):
 
     def flush(self) -> bool:
         """Write what can be written; whether everything was."""
+
+    def written_by(self, thread: int) -> bool:
+        """Whether that thread is in the middle of writing."""
 
     def tidy(self) -> None:
         """Send the frees of dropped pointers."""
@@ -73,6 +83,8 @@ class Hub:
         self._upkeep = upkeep
         self._watched = _watch({})  # links by descriptor, and a poll object for them
         self._leader = threading.Lock()
+        self._leads = 0  # the thread that has it
+        self._at_rest = False  # that thread: nothing is half taken
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
         self._followers = 0
@@ -107,14 +119,23 @@ class Hub:
         if ready():
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
+        here = threading.get_ident()
+        if self._interrupts(here):
+            self._watched = _watch(self._watched[0])  # the other poll object is in use below us
+            try:
+                return self._lead(ready, deadline)
+            finally:
+                self._at_rest = True
         while True:
             tried: list[bool] = []
             try:
                 tried.extend(map(self._leader.acquire, (False,)))
                 if tried[0]:
+                    self._leads = here
                     return self._lead(ready, deadline)
             finally:
                 if tried and tried[0]:
+                    self._leads = 0
                     self._leader.release()
                     self.notify()
             self._follow(ready, deadline)
@@ -123,7 +144,21 @@ class Hub:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
 
+    def _interrupts(self, thread: int) -> bool:
+        """Whether this is a signal handler within a wait of its thread, which is at rest.
+
+        Raises:
+            FedprocError: it is one in the middle of something that only its thread can end.
+        """
+        if self._leads == thread and self._at_rest:
+            return True
+        for link in self._watched[0].values():
+            if self._leads == thread or link.written_by(thread):
+                raise reentered(link.name, "wait")
+        return False
+
     def _lead(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        self._at_rest = False
         for link in self._watched[0].values():
             link.resume()
         while not ready():
@@ -153,7 +188,9 @@ class Hub:
                 poll.modify(fd, select.POLLIN | select.POLLOUT)
         # An end to every poll: what is waited for may come about without anything to read.
         wait = _POLL_SECONDS if wait is None else min(wait, _POLL_SECONDS)
+        self._at_rest = True
         events = self._lookout.look(poll, wait) or poll.poll(wait * 1000)
+        self._at_rest = False
         for fd, event in events:
             if event & select.POLLOUT and links[fd].flush():
                 poll.modify(fd, select.POLLIN)

@@ -53,9 +53,12 @@ class Inbox:
         except IndexError:
             return None
 
-    def unfinished(self) -> list[str]:
-        """What the worker was asked and has not done, oldest first."""
-        return [what for number, _, what in self.expected.copy() if number > self.executed]
+    def unfinished(self, done: int) -> list[str]:
+        """What the worker was asked and has not done, oldest first.
+
+        ``done``: the last command that it has done, perhaps without having told.
+        """
+        return [what for number, _, what in self.expected.copy() if number > done]
 
     # ---- what has come
 

@@ -21,12 +21,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from fedproc.errors import FedprocError, WorkerLostError
 from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Mapped
-from fedproc.remote.ending import ENDED, closed, forked, late, lost
+from fedproc.remote.ending import ENDED, closed, forked, late, lost, reentered
 from fedproc.remote.handle import Handle
 from fedproc.remote.hub import Hub
 from fedproc.remote.inbox import Inbox
@@ -98,46 +98,48 @@ class Link:
             ClosedError: the cluster was closed, or this is a forked child.
             WorkerLostError: the worker's process has ended.
         """
-        outbox = self.outbox
+        outbox, number = self.outbox, 0
         try:
             # Before the lock: in a forked child it may be held for ever.
             if self.end is not None or self.owner != Link.here:
                 self.check()
             with outbox.lock:
-                if self.end is not None:
-                    self.check()
-                idle = self.inbox.executed >= outbox.last
-                number, waiting = outbox.send(message, site)
+                if self.end is not None or outbox.sending:
+                    self._refuse(message.what)
+                idle, outbox.sending, outbox.drawn = self.inbox.executed >= outbox.last, True, 0
+                try:
+                    number, waiting = outbox.send(message, site)
+                finally:
+                    number, outbox.sending = outbox.drawn, False
+            # should nothing follow in spite of ``more``: the janitor writes what waits, too
+            if urgent or (not more and (idle or not outbox.may_wait(waiting))):
+                self.flush()
+            elif not more:
+                self.hub.tail()
+            if not urgent and (self.lockstep != 0.0 or self.inbox.unanswered() > MOST_UNANSWERED):
+                self._keep_step(number)
         except BaseException:
-            if message.exporter is not None:
-                message.exporter.release()
+            outbox.disown(number, message)
             raise
-        if more:
-            pass  # should nothing follow after all: the janitor writes what waits, too
-        elif urgent or idle or not outbox.may_wait(waiting):
-            self.flush()
-        else:
-            self.hub.tail()
-        if self.lockstep != 0.0 and not urgent:
-            self._in_step(number)
-        elif not urgent and self.inbox.unanswered() > MOST_UNANSWERED:
-            self._catch_up()
         return number
 
-    def _in_step(self, number: int) -> None:
-        """Go on when the command is done, or has taken ``lockstep`` seconds."""
-        if self.lockstep is None:
+    def _refuse(self, what: str) -> NoReturn:
+        """Raise why nothing can be sent now."""
+        self.check()
+        raise reentered(self.name, what)
+
+    def _keep_step(self, number: int) -> None:
+        """Go on when not too much is unanswered; in lockstep when the command is done."""
+        if not self.lockstep:  # a limit of seconds ends by itself
             self.refuse_deadlock(number)
         self.flush()
+        if self.lockstep == 0.0:
+            half = MOST_UNANSWERED // 2
+            self.hub.wait_until(lambda: self.end is not None or self.inbox.unanswered() < half)
+            return
         self.hub.wait_until(lambda: self.executed(number), self.lockstep)
         if self.lockstep is None:  # FEDPROC_SYNC: errors are raised where the call was made
             self.failures.raise_for(number)
-
-    def _catch_up(self) -> None:
-        self.refuse_deadlock(self.outbox.last)
-        self.flush()
-        half = MOST_UNANSWERED // 2
-        self.hub.wait_until(lambda: self.end is not None or self.inbox.unanswered() < half)
 
     def flush(self) -> bool:
         """Write what can be written; whether everything was."""
@@ -164,11 +166,22 @@ class Link:
         found = self.outbox.handles.get(oid)
         return None if found is None else found()
 
+    def written_by(self, thread: int) -> bool:
+        """Whether that thread is in the middle of writing."""
+        return self.channel.writer == thread
+
     # ---- waiting
 
     def executed(self, number: int) -> bool:
         """Whether command ``number`` was executed, or never will be."""
         return self.inbox.executed >= number or self.end is not None
+
+    def done(self) -> int:
+        """The last command that was executed, also if the worker has not told, or no more can."""
+        mapped = self.mapped
+        if mapped is None or self.end is not None:
+            return self.inbox.executed
+        return max(self.inbox.executed, pages.number_at(mapped.fd, mapped.size_bytes))
 
     def pending(self) -> bool:
         """Whether commands are still to be executed."""
@@ -306,7 +319,7 @@ class Link:
         with self.outbox.lock:
             if self.end is not None:
                 return
-            unfinished = self.inbox.unfinished()
+            unfinished = self.inbox.unfinished(self.done())
             self.lost_seen = not unfinished
             self.end = lost(self.name, self.process, why, unfinished, self._oom_kills)
         self._let_go()

@@ -24,6 +24,10 @@ def make(cls: type[AnyPointer], handle: Handle, owner: bool | Pointer) -> AnyPoi
 
 def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
     """A pointer that owns the new object ``oid``."""
-    handle = Handle(link, oid)
-    link.outbox.handles[oid] = weakref.ref(handle)
-    return make(cls, handle, True)
+    try:
+        handle = Handle(link, oid)
+        link.outbox.handles[oid] = weakref.ref(handle)
+        return make(cls, handle, True)
+    except BaseException:  # Ctrl-C: there is no pointer whose end would free it
+        link.trash.append(oid)
+        raise

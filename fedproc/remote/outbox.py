@@ -38,11 +38,12 @@ class Borrow:
     _outbox: "Outbox | None" = None
 
     def __init__(self, *, scoped: bool) -> None:
-        """``scoped``: the user holds it in a ``with`` block, and could wait for himself in it."""
+        """``scoped``: the user holds it in a ``with`` block, which is his code to the end."""
         self.query = 0
         self.writable = False
         self.exported = True  # blocks of the worker, as far as is known
-        self.thread = threading.get_ident() if scoped else None
+        self.scoped = scoped
+        self.thread = threading.get_ident()
         self.task = _current_task() if scoped else None
 
     def begin(self, outbox: "Outbox", query: int) -> None:
@@ -78,6 +79,8 @@ class Outbox:
         self.lock = threading.RLock()
         self.trash: deque[int] = deque()
         self.handles: dict[int, weakref.ref[Handle]] = {}
+        self.sending = False  # the thread that has the lock is in the middle of it
+        self.drawn = 0  # the number of the command that is being sent, or was sent last
         self.writes = 0  # commands so far that could change an existing tensor
         self.submitted = 0
         self.last = 0
@@ -101,7 +104,7 @@ class Outbox:
         record, flags, body, what, writes, exporter, definitions = message
         if definitions:
             self._define(definitions)
-        number = next(self._numbers)
+        self.drawn = number = next(self._numbers)
         if self.trash:
             flags |= frames.FREES
             body = frames.with_frees(self._dropped(), body)
@@ -123,6 +126,16 @@ class Outbox:
         # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
         self.last = number
         return number, waiting
+
+    def disown(self, number: int, message: Message) -> None:
+        """Nobody will have the result of a command: Ctrl-C came, or it was refused (number 0)."""
+        if not number:
+            if message.exporter is not None:
+                message.exporter.release()
+        elif message.record in commands.QUERIES:
+            self._inbox.abandon(number)
+        else:
+            self.trash.append(number)
 
     def _dropped(self) -> list[int]:
         """Ids of dropped pointers, off the trash."""
@@ -248,15 +261,17 @@ class Outbox:
         """
         if not self.holds_back(number):
             return
+        sent, here = self._held[0][0] if self._held else 0, threading.get_ident()
         readers = [borrow for ref in self._borrows if (borrow := ref()) and borrow.holds]
-        mine = [borrow for borrow in readers if borrow.thread == threading.get_ident()]
+        # one whose query waits itself holds nothing back, see _lent
+        mine = [borrow for borrow in readers if borrow.thread == here and borrow.query < sent]
         if awaiting:
             mine = [borrow for borrow in mine if borrow.task is _current_task()]
         if mine:
+            where = "`with pointer.borrow()` block" if mine[0].scoped else "get() or fetch()"
             raise FedprocError(
                 f"this would wait for ever: the command on worker {worker!r} may write, so it "
-                "waits for the end of the `with pointer.borrow()` block it is waited for in. Use "
-                "its result after the block."
+                f"waits for the end of the {where} it is waited for in. Use its result after that."
             )
 
     def close(self) -> None:

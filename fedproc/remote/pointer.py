@@ -65,9 +65,12 @@ class Pointer(metaclass=Kind):
             KINDS[kind] = cls
 
     def __del__(self) -> None:
-        """Free the object."""
-        if getattr(self, "_owner", False) is True:  # an interrupt may leave half a pointer
-            self._handle.drop()
+        """Free the object, as ``Handle.drop`` does; without a call that Ctrl-C could come in."""
+        try:
+            if self._owner is True and self._handle.gone is None:
+                self._handle.link.trash.append(self._handle.oid)
+        except AttributeError:  # an interrupt may leave half a pointer
+            pass
 
     # ---- where and what
 
@@ -178,6 +181,9 @@ class Pointer(metaclass=Kind):
 
         As ``fetch`` it takes nothing away, so cancelling it (``asyncio.timeout``) loses nothing
         and it can be repeated. The kind of a pending pointer is not asked for.
+
+        A StopIteration of the worker comes as a RemoteError that is none, because one that leaves
+        a coroutine becomes a RuntimeError; ``get`` and ``fetch`` raise both in one.
         """
         return reading.awaited(self).__await__()
 
@@ -206,6 +212,7 @@ class Pointer(metaclass=Kind):
         """
         from fedproc.remote.moving import move
 
+        require_worker("move", worker)
         slot, self._chain = self._chain, None
         try:
             move(self._handle, worker.link)
@@ -222,6 +229,7 @@ class Pointer(metaclass=Kind):
         """
         from fedproc.remote.chains import chain
 
+        require_worker("send", worker)
         return chain(self, worker)
 
     def remote_get(self) -> "Self":
@@ -279,3 +287,11 @@ class Pointer(metaclass=Kind):
             facts = self._handle.facts
             parts.append(f"{tuple(facts['shape'])} {str(facts['dtype']).removeprefix('torch.')}")
         return f"<{' '.join(parts)}>"
+
+
+def require_worker(what: str, worker: object) -> None:
+    """Raise TypeError for anything but a worker: its name is the usual mistake."""
+    if not hasattr(worker, "link"):
+        raise TypeError(
+            f"{what}: needs a worker, got {worker!r}. Pass one of the cluster's, cluster[name]."
+        )

@@ -4,11 +4,12 @@ import contextlib
 import io
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproc.errors import NotShippableError, attributes, remote_error
 from fedproc.memory.arena import Block
 from fedproc.memory.copying import fresh
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
@@ -23,6 +24,9 @@ from fedproc.wire.codec import Decoder
 
 if TYPE_CHECKING:
     from fedproc.remote.pointer import Pointer
+
+Load = Callable[[Link, Place], torch.Tensor]
+"""How the bytes of a tensor become one."""
 
 
 def start(handle: Handle, what: str, *, folding: bool = False) -> Borrow:
@@ -52,7 +56,7 @@ def _finish(
     try:
         flags, body, ids = link.answer(borrow.query, what, timeout)
         borrow.exported = bool(flags & frames.EXPORTED)
-        return _decode(flags, body, lambda place: _copied(link, place)), ids
+        return _decode(link, what, flags, body), ids
     finally:
         link.give_back(borrow)
 
@@ -67,7 +71,11 @@ def seen(link: Link, borrow: Borrow, what: str, timeout: float | None = None) ->
         flags, body, _ = link.answer(borrow.query, what, timeout)
         borrow.exported = bool(flags & frames.EXPORTED)
         ways = itertools.chain([_seen], itertools.repeat(_copied))
-        found = _decode(flags, body, lambda place: next(ways)(link, place))
+
+        def load(link: Link, place: Place) -> torch.Tensor:
+            return next(ways)(link, place)
+
+        found = _decode(link, what, flags, body, load)
     except BaseException:
         link.give_back(borrow)
         raise
@@ -91,15 +99,19 @@ async def awaited(pointer: "Pointer") -> Any:
     Takes the pointer, not its handle: ``await worker.run(...)`` drops it before this begins. The
     copying (a fraction of a second per gigabyte) is done in the thread of the loop.
     """
-    handle = pointer._handle
-    link, borrow = handle.link, start(handle, "await")
     try:
-        await executed(link, borrow.query)
-    except BaseException:  # cancelled: the answer is of no use to anybody
-        link.inbox.abandon(borrow.query)
-        link.give_back(borrow)
-        raise
-    return finish(link, borrow, "await")
+        handle = pointer._handle
+        link, borrow = handle.link, start(handle, "await")
+        try:
+            await executed(link, borrow.query)
+        except BaseException:  # cancelled: the answer is of no use to anybody
+            link.inbox.abandon(borrow.query)
+            link.give_back(borrow)
+            raise
+        return finish(link, borrow, "await")
+    except StopIteration as error:
+        # One that leaves a coroutine becomes "RuntimeError: coroutine raised StopIteration".
+        raise remote_error(None, str(error), attributes(error)) from None
 
 
 @contextlib.contextmanager
@@ -118,7 +130,7 @@ def lent(pointer: "Pointer") -> Iterator[torch.Tensor]:
             place, dtype, shape = body
             yield _mapped(link, place).view(dtype).view(shape)
         else:
-            yield _decode(flags, body, lambda place: _mapped(link, place)).detach()
+            yield _decode(link, "borrow", flags, body, _mapped).detach()
     finally:
         link.give_back(borrow)
 
@@ -127,26 +139,40 @@ def computed(link: Link, number: int, what: str, timeout: float | None) -> Any:
     """The value in the answer to the Compute of this number: plain, or a copy."""
     flags, body = link.answer(number, what, timeout)
     try:
-        return _decode(flags, body, lambda place: _copied(link, place))
+        return _decode(link, what, flags, body)
     finally:
         if flags & frames.EXPORTED:
             link.release(number)
 
 
-def _decode(flags: int, body: Any, load: Any) -> Any:
+def _copied(link: Link, place: Place) -> torch.Tensor:
+    assert link.mapped is not None
+    return read_place(place, link.mapped.view, fresh(place_bytes(place)))
+
+
+def _decode(link: Link, what: str, flags: int, body: Any, load: Load = _copied) -> Any:
+    """The value in an answer.
+
+    Raises:
+        NotShippableError: the code of what is in it raises when it is loaded.
+    """
     if flags & frames.PLAIN:
         return body
     stream = io.BytesIO(body)
     tensors: list[torch.Tensor] = []
     if flags & frames.HAS_TENSORS:
         table: Table = pickle.load(stream)
-        tensors = rebuild(table, load)
-    return Decoder(stream, lambda pid: tensors[-pid], {}).load()
-
-
-def _copied(link: Link, place: Place) -> torch.Tensor:
-    assert link.mapped is not None
-    return read_place(place, link.mapped.view, fresh(place_bytes(place)))
+        tensors = rebuild(table, lambda place: load(link, place))
+    try:
+        return Decoder(stream, lambda pid: tensors[-pid], {}).load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise NotShippableError(
+            f"{what}: the value was pickled on worker {link.name!r} but cannot be loaded here "
+            f"({type(error).__name__}: {error}). The object stays there: fetch plain parts of it "
+            "with worker.run(function, pointer)."
+        ) from error
 
 
 def _seen(link: Link, place: Place) -> torch.Tensor:

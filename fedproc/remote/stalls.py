@@ -124,7 +124,7 @@ class Stalls:
         self._next_look = 0.0
 
     def look(self, links: "Iterable[Any]") -> None:
-        """Report each command that has become too old, once."""
+        """Report each command that has become too old, once, as far as is known here."""
         now = time.monotonic()
         if now < self._next_look or self._seconds <= 0:
             return
@@ -146,8 +146,9 @@ class Stalls:
 
 
 def _report(link: "Link", seconds: float) -> None:
+    link.hub.look()  # perhaps it was done long ago, and nobody has waited for anything since
     oldest = link.inbox.oldest()
-    if oldest is None:
+    if oldest is None or link.done() >= oldest[0]:
         return
     try:
         shown = stack(link, STACK_SECONDS)

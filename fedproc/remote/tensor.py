@@ -86,7 +86,12 @@ class TensorPointer(Pointer, kind="tensor"):
         """Size of the first dimension."""
         shape = self.shape
         if not shape:
-            raise TypeError("len() of a 0-d tensor")
+            # also who asks for a list of pointers to become one local tensor gets here
+            raise PlacementError(
+                f"len() of a 0-d tensor: {self!r} is in another process and becomes no part of a "
+                "local tensor by itself. Take its value, pointer.item(), or join pointers where "
+                "they are: torch.stack([...])."
+            )
         return shape[0]
 
     # ---- parts

@@ -148,12 +148,19 @@ class Worker:
         Raises:
             NotShippableError: it cannot be pickled; nothing was sent.
             ArenaFullError: no shared memory left for it in this process.
+            ValueError: a pointer with ``private``, ``tags`` or ``description``.
         """
         if isinstance(obj, PointerGroup):
             raise PlacementError("a PointerGroup has a member on each of its workers: send those")
-        if issubclass(type(obj), Pointer):
-            return obj.send(self)
         labels = (tags,) if isinstance(tags, str) else tuple(tags)
+        if issubclass(type(obj), Pointer):
+            if private or labels or description:
+                raise ValueError(
+                    f"{obj!r} makes a chain: no object is sent that private=, tags= or "
+                    "description= could be of. Give them where the object is made, or send its "
+                    "value: worker.send(pointer.fetch(), ...)."
+                )
+            return obj.send(self)
         return put(
             self.link, obj, what="send", private=private, tags=labels, description=description
         )

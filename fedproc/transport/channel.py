@@ -84,8 +84,11 @@ class Channel:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         self._sock = sock
-        self._append_lock = threading.Lock()
+        # A signal handler may append in the middle of an append, or of taking what was appended:
+        # each is one step that it sees done or not done.
+        self._append_lock = threading.RLock()
         self._write_lock = threading.Lock()
+        self.writer = 0  # the thread that has the lock for writing, as long as it has it
         # frames not yet taken, batch being written, byte counts that send() has returned for it
         self._output: tuple[list[bytes], memoryview | None, list[int]] = ([], None, [])
         # bytes received, how many of them are parsed, chunks received since
@@ -124,10 +127,12 @@ class Channel:
                 if not tried[0]:
                     # The writer looks again after it lets go of the lock: it takes ours along.
                     return True
+                self.writer = threading.get_ident()
                 if not self._write_batch():
                     return False
             finally:
                 if tried and tried[0]:
+                    self.writer = 0
                     self._write_lock.release()
         return True
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 
-from fedproc.errors import FedprocError, RemoteError
+from fedproc.errors import FedprocError, RemoteError, attributes, original_class
 from fedproc.wire.code import travels_by_name
 from fedproc.wire.commands import Failure
 
@@ -25,13 +25,21 @@ _GROUP: Any = getattr(builtins, "ExceptionGroup", ())
 _OWN_FRAMES = ("/fedproc/worker/",)
 
 
+class UnreadableError(Exception):
+    """What was sent cannot be unpickled here; the cause is what the code of its class raised."""
+
+
 def describe(error: BaseException, *, private: bool) -> Failure:
     """The failure as data.
 
     Args:
-        error: what was raised.
+        error: what was raised; an UnreadableError is told as its cause.
         private: a private object was in use: only class and place are told, no message.
     """
+    told = error.__cause__ if isinstance(error, UnreadableError) else None
+    if told is not None:
+        failure = describe(told, private=private)
+        return failure._replace(message=_unreadable(failure.message))
     try:
         return _describe(error, private=private)
     except BaseException as broken:  # noqa: BLE001 - hostile __str__ and __dict__ raise anything
@@ -46,9 +54,11 @@ def _describe(error: BaseException, *, private: bool) -> Failure:
     # A user's function may raise our errors, and put a value into the text, or make a class of it.
     own = own and (not private or is_ours(error))
     kind = _importable(type(error)) if private else type(error)
+    original = original_class(kind)  # of a RemoteError: its own class is made in each process
+    known = original is not None and issubclass(original, Exception)
     return Failure(
         own=_pickled(error) if own else None,
-        kind=_pickled(kind) if issubclass(kind, Exception) else None,
+        kind=_pickled(original) if known else None,
         name=kind.__qualname__,
         message="" if private else _text(error),
         traceback=_traceback(error, private=private),
@@ -73,9 +83,7 @@ def _importable(cls: type[BaseException]) -> type[BaseException]:
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
-    own = dict(vars(error))
-    if isinstance(error, OSError):  # these are not in its __dict__
-        own |= {"errno": error.errno, "strerror": error.strerror, "filename": error.filename}
+    own = attributes(error)
     if isinstance(error, _GROUP):
         own["exceptions"] = error.exceptions
     return {
@@ -101,6 +109,14 @@ def _text(error: BaseException) -> str:
         return str(error)[:LONGEST_TEXT]
     except BaseException as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its message cannot be shown: {type(broken).__name__}>"
+
+
+def _unreadable(message: str) -> str:
+    why = f" ({message})" if message else ""
+    return (
+        f"unpickling what was sent failed{why}. What can be pickled cannot always be loaded again: "
+        "send plain parts of it, or make it there with worker.run(function)."
+    )
 
 
 def _traceback(error: BaseException, *, private: bool) -> str:

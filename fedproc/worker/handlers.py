@@ -21,6 +21,7 @@ from fedproc.worker.shapes import shape_is_open, tells_only_shape
 from fedproc.worker.store import Domain
 
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+_WRITTEN = {"fedproc.worker.parts.truth": "bool", "operator.contains": "in"}
 
 
 def call(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -79,9 +80,17 @@ def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
         command = command._replace(args=with_objects(host, command.args, command.ids))
     private = [entry for entry in host.used if entry.domain.private]
     if private and not tells_only_shape(command, private):
-        raise privacy.refused(str(command.function), private[0].ids[0], host.spec.name)
+        raise privacy.refused(_as_written(command), private[0].ids[0], host.spec.name)
     result = run(host, command.function, command.args, command.kwargs, command.modes)
     _answer(host, frame.sequence, result)
+
+
+def _as_written(command: commands.Compute) -> str:
+    """What a user writes to ask that."""
+    name = str(command.function)
+    if name == "builtins.getattr":
+        return str(command.args[1])
+    return _WRITTEN.get(name, name.removeprefix("builtins."))
 
 
 def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:

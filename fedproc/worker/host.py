@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedproc.errors import NotShippableError, ObjectGoneError
+from fedproc.errors import FedprocError, NotShippableError, ObjectGoneError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.memory.copying import fresh
 from fedproc.memory.tensors import (
@@ -32,6 +32,7 @@ from fedproc.wire import frames
 from fedproc.wire.codec import Decoder, Encoder
 from fedproc.wire.commands import KIND
 from fedproc.worker.audit import AuditLog
+from fedproc.worker.failure import UnreadableError
 from fedproc.worker.guarded import GuardedDecoder
 from fedproc.worker.registered import Registered
 from fedproc.worker.store import Entry, ObjectStore, PoisonedError
@@ -42,6 +43,8 @@ PARENT = "<parent>"
 
 class Host:
     """Objects, memory and channel of a worker."""
+
+    here = os.getpid()
 
     def __init__(
         self, spec: WorkerSpec, channel: Channel, side: socket.socket, *, is_process: bool
@@ -67,6 +70,12 @@ class Host:
         self.audit = AuditLog()
         self.commands = 0
         self.stopped = False
+        self._owner = Host.here
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a copy of the worker: a command has called fork(), and came back."""
+        return self._owner != Host.here
 
     # ---- reading
 
@@ -90,7 +99,11 @@ class Host:
         return tuple(self.load(body, frame.flags, PARENT))
 
     def load(self, body: bytes, flags: int, source: str) -> Any:
-        """Unpickle ``body``; its tensors lie in the arena named ``source``."""
+        """Unpickle ``body``; its tensors lie in the arena named ``source``.
+
+        Raises:
+            UnreadableError: the code of what is in it raised its cause.
+        """
         stream = io.BytesIO(body)
         tensors: list[torch.Tensor] = []
         if flags & frames.HAS_TENSORS:
@@ -110,7 +123,13 @@ class Host:
             self.used.append(entry)
             return entry.value
 
-        return self._decoder(stream, external).load()
+        try:
+            return self._decoder(stream, external).load()
+        except FedprocError:
+            raise
+        except Exception as error:
+            # An object that is missing may be why: it comes first.
+            raise self.trouble or UnreadableError() from error
 
     def _decoder(self, stream: io.BytesIO, external: Callable[[int], Any]) -> Any:
         if self.registered is None:
@@ -234,3 +253,10 @@ def _no_external(pid: int) -> Any:
 
 def _nowhere(block: Any) -> Any:
     raise RuntimeError(f"{block} lies in an arena that is not attached")
+
+
+def _note_process() -> None:
+    Host.here = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_process)

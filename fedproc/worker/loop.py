@@ -1,6 +1,7 @@
 """The loop of a worker: receive, execute, reply. The only one there is. Runs in the worker."""
 
 import contextlib
+import os
 import select
 import sys
 import time
@@ -25,7 +26,8 @@ REPORT_SECONDS = 0.001
 REPORT_COMMANDS = 64
 
 Turn = Callable[..., AbstractContextManager[Any]]
-_RUNS = (commands.KIND[commands.Call], commands.KIND[commands.Compute])
+_CALL = commands.KIND[commands.Call]
+_RUNS = (_CALL, commands.KIND[commands.Compute])
 _QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
 _NO_RESULT = frozenset(
     commands.KIND[record]
@@ -129,14 +131,16 @@ class Loop:
             if self._turn is None or frame.kind not in _RUNS:
                 HANDLERS[frame.kind](host, frame, fields)
             else:
-                with self._turn(strict=_is_client(host)):
+                with self._turn(strict=_is_client(frame, fields)):
                     HANDLERS[frame.kind](host, frame, fields)
             del fields
+            _require_process(host, None)
         except BaseException as error:  # noqa: BLE001 - answers the request: nothing may end the loop
+            _require_process(host, error)
             self._fail(frame, error)
-        host.trouble = None
+        host.trouble = self._running = None
         host.used.clear()
-        self._running = None
+        host.arena.done[0] = self._last  # also if it is killed before it could tell
         if _QUERY[frame.kind]:
             self._reported = frame.sequence
             self._unreported = 0
@@ -192,9 +196,30 @@ class Loop:
         host.audit.refused(way, frame.sequence, private, str(error))
 
 
-def _is_client(host: Host) -> bool:
-    """Whether a federated client trains: nobody may borrow its random generators."""
-    return any(type(e.value).__module__.startswith("fedproc.client.") for e in host.used)
+def _is_client(frame: Frame, fields: tuple[Any, ...]) -> bool:
+    """Whether federated clients train: nobody may borrow their random generators."""
+    return frame.kind == _CALL and commands.Call(*fields).update
+
+
+def _require_process(host: Host, error: BaseException | None) -> None:
+    """End a process that a command has forked and that came back from it.
+
+    Worker and child have one stream: both would answer, and each read what is for the other.
+    """
+    if not host.is_forked:
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    with contextlib.suppress(BaseException):
+        if error is None:
+            sys.stderr.write(
+                f"worker {host.spec.name!r}: a process that a command forked came back from the "
+                "command. It ends here, without an answer: end such a process with os._exit().\n"
+            )
+        elif not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _flush(host: Host) -> None:

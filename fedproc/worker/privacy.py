@@ -92,15 +92,24 @@ class Watch:
 
 
 def _snapshot(value: Any) -> "list[tuple[int, torch.Tensor]] | None":
-    """Tensors of a tensor or module: how often each was written to, and a copy."""
+    """Tensors of a tensor, module or dict: how often each was written to, and a copy."""
     if isinstance(value, torch.Tensor):
         found = [value, value.grad] if value.is_leaf else [value]
     elif isinstance(value, nn.Module):
         state = list(_tensors_of(value, set()))
         found = [*state, *(tensor.grad for tensor in state if tensor.is_leaf)]
+    elif _is_named_tensors(value):
+        found = [*value.values(), *(tensor.grad for tensor in value.values() if tensor.is_leaf)]
     else:
         return None
     return [(-1, torch.empty(0)) if t is None else (_version(t), t.detach().clone()) for t in found]
+
+
+def _is_named_tensors(value: Any) -> bool:
+    """Whether it is a dict of tensors and nothing else, as a strategy sends to its clients."""
+    return type(value) is dict and all(
+        type(name) is str and isinstance(item, torch.Tensor) for name, item in value.items()
+    )
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -127,7 +136,12 @@ def _tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def _attributes(value: Any) -> list[tuple[str, int, int]]:
-    """What the parts of a module keep beside parameters and buffers: names, identities, sizes."""
+    """What the parts of a module keep beside parameters and buffers: names, identities, sizes.
+
+    Of a dict its own.
+    """
+    if isinstance(value, dict):
+        return [(str(name), id(kept), 0) for name, kept in value.items()]
     if not isinstance(value, nn.Module):
         return []
     return [

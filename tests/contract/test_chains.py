@@ -199,3 +199,17 @@ def test_a_chain_is_listed_as_a_pointer_to_its_object(p, chain, alice):
     (row,) = alice.objects.values()
     assert row.type == "fedproc.Pointer"
     assert row.description == f"<pointer to object {p.id} on bob>"
+
+
+@pytest.mark.parametrize("options", [{"private": True}, {"tags": "a"}, {"description": "b"}])
+def test_a_chain_takes_no_labels_of_its_own(p, alice, options):
+    with pytest.raises(ValueError, match="makes a chain: no object is sent"):
+        alice.send(p, **options)
+    assert len(alice.objects) == 0
+
+
+@pytest.mark.parametrize("way", ["move", "send"])
+def test_a_name_is_no_worker(p, way):
+    with pytest.raises(TypeError, match=f"{way}: needs a worker, got 'alice'"):
+        getattr(p, way)("alice")
+    assert p.fetch().tolist() == [1.0, 2.0, 3.0]

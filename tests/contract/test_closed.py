@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -117,3 +119,20 @@ def test_in_a_forked_child_nothing_is_said_about_workers(cluster, bob, x):
     assert _in_forked_child(child) == 0
     assert p.done()
     assert bob.alive
+
+
+def test_who_waits_for_work_is_told_that_another_thread_closed_the_cluster(gate):
+    cluster = fp.Cluster(["bob"])
+    cluster["bob"].run(gate.hold)
+    hub, main = cluster["bob"].link.hub, threading.get_ident()
+
+    def close():
+        deadline = time.monotonic() + 30
+        while not (hub._leads == main and hub._at_rest):
+            assert time.monotonic() < deadline
+        cluster.close()
+
+    closing = threading.Thread(target=close)
+    with pytest.raises(fp.ClosedError, match="closed meanwhile; not all work was done"), cluster:
+        closing.start()
+    closing.join()

@@ -1,6 +1,8 @@
 """A worker dies: its pointers say so at once, the others go on."""
 
+import os
 import signal
+import sys
 import time
 
 import psutil
@@ -142,3 +144,68 @@ def test_gather_raises_for_a_lost_worker(bob, alice, x):
     with pytest.raises(fp.WorkerLostError):
         fp.gather([p, q])
     assert torch.equal(p.get(), x)
+
+
+def exit_at_once():
+    os._exit(3)
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_what_was_done_but_not_told_is_not_blamed(x, before):
+    with fp.Cluster(["bob"]) as cluster:
+        bob = cluster["bob"]
+        sent = bob.send(x)
+        for _ in range(before):
+            sent = sent + 1
+        with pytest.raises(fp.WorkerLostError) as caught:
+            bob.run(exit_at_once).get()
+    assert caught.value.last_command == "exit_at_once"
+    assert "first `exit_at_once`" in str(caught.value)
+
+
+def fork_and_come_back():
+    if os.fork() == 0:
+        return "child"
+    os.wait()
+    return "parent"
+
+
+def fork_and_exit():
+    if os.fork() == 0:
+        sys.exit(3)
+    return os.waitstatus_to_exitcode(os.wait()[1])
+
+
+def test_a_forked_process_that_comes_back_from_a_command_ends(bob):
+    assert [bob.run(fork_and_exit).get() for _ in range(3)] == [3, 3, 3]
+    assert [bob.run(fork_and_come_back).get() for _ in range(3)] == ["parent"] * 3
+    assert [bob.run(pow, n, 2).get() for n in range(100)] == [n * n for n in range(100)]
+
+
+def fail():
+    raise ValueError("nobody looked")
+
+
+def test_an_error_that_nobody_saw_outlives_its_worker():
+    def use():
+        with fp.Cluster(["bob"], restart=True) as cluster:
+            cluster["bob"].run(fail)
+            cluster["bob"].run(abs, -1).wait()
+            cluster["bob"].kill()
+            assert cluster["bob"].run(abs, -2).get() == 2
+
+    with pytest.raises(ValueError, match="nobody looked"):
+        use()
+
+
+def test_an_error_that_somebody_saw_is_not_raised_again_after_a_replacement():
+    with fp.Cluster(["bob"], restart=True) as cluster:
+        with pytest.raises(ValueError, match="nobody looked"):
+            cluster["bob"].run(fail).get()
+        cluster["bob"].run(fail)
+        cluster["bob"].run(abs, -1).wait()
+        cluster["bob"].kill()
+        cluster["bob"].run(abs, -2).wait()
+        with pytest.raises(ValueError, match="nobody looked"):
+            cluster.wait()
+        cluster.wait()

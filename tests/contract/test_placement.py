@@ -153,3 +153,11 @@ def test_pointers_of_another_cluster_are_refused(transport, x):
                 use()
         assert torch.equal(p.get(), x)
         assert torch.equal(q.get(), x)
+
+
+def test_a_list_of_pointers_becomes_no_local_tensor(bob, x):
+    p = bob.send(x)
+    for make in (torch.tensor, torch.as_tensor):
+        with pytest.raises(fp.PlacementError, match=r"torch\.stack"):
+            make([p.sum(), p[0]])
+    assert torch.stack([p.sum(), p[0]]).tolist() == [6.0, 1.0]

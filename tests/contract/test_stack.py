@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -203,3 +204,20 @@ def test_by_default_it_is_half_a_minute():
     environment = {k: v for k, v in os.environ.items() if k != "FEDPROC_STALL_SECONDS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.stdout == b"30.0\n"
+
+
+def test_what_was_done_long_ago_is_no_stall(reports):
+    with fp.Cluster(["bob"]) as cluster:
+        link = cluster["bob"].link
+        link.hub.look = lambda: None  # nobody reads what the worker tells
+        cluster["bob"].run(abs, -1)
+        link.flush()
+        deadline = time.monotonic() + 20
+        while link.hub._stalls._since.get(link, (0, 0.0))[1] != float("inf"):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        reporting = [t for t in threading.enumerate() if t.name == "fedproc-stall"]
+        for thread in reporting:
+            thread.join(20)
+        del link.hub.look
+    assert not reports.records

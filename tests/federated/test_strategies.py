@@ -497,3 +497,17 @@ def test_updates_are_what_fednova_weighs():
     nova = strategies.FedNova()
     assert nova.mean_weight(3.0, first, first) == 3.0
     assert nova.mean_weight(3.0, second, first) == 1.5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_scaffold_on_private_rows_is_the_same(workers):
+    def losses(*, private):
+        with Cluster(workers) as cluster:
+            data = FederatedDataset(shards([12, 15, 11, 20]), cluster, private=private)
+            local = LocalTraining(cross_entropy, sgd, batch_size=4)
+            aggregator = Aggregator(linear(), data, local, strategy=strategies.Scaffold(), seed=1)
+            history = aggregator.run(3, progress=False)
+            assert [dict(record.failures) for record in history] == [{}, {}, {}]
+            return bits(aggregator.model), [record.loss for record in history]
+
+    assert losses(private=True) == losses(private=False)

@@ -85,3 +85,27 @@ def _pid():
     import os
 
     return os.getpid()
+
+
+def _send(bob, large):
+    bob.send(large)
+
+
+def _compute_and_fetch(bob, large):
+    bob.run(torch.ones, 300_000).fetch()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("work", [_send, _compute_and_fetch])
+def test_nothing_of_what_was_interrupted_stays_in_the_worker(work, interrupts):
+    moments = random.Random(work.__name__)
+    with fp.Cluster(["bob"]) as cluster:
+        bob, large = cluster["bob"], torch.ones(300_000)
+        for _ in range(80):
+            interrupts.interrupt(
+                moments.uniform(0.0002, 0.003), lambda: _for_ever(work, bob, large), 0.02
+            )
+        cluster.wait(timeout=20)
+        deadline = time.monotonic() + 20
+        while (left := bob.stats()).objects or left.arena_bytes:
+            assert time.monotonic() < deadline, left
