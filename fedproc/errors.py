@@ -89,7 +89,7 @@ class NotPermittedError(FedprocError, PermissionError):
 
 
 class NotShippableError(FedprocError, TypeError):
-    """The object cannot be pickled: nothing was sent; or it cannot be loaded here: it stays there."""
+    """It cannot be pickled, so nothing was sent; or not loaded here, so it stays where it is."""
 
 
 class ClosedError(FedprocError):

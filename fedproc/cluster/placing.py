@@ -19,6 +19,8 @@ from fedproc.transport.process import ProcessTransport
 if TYPE_CHECKING:
     from fedproc.cluster.cluster import Cluster
 
+_MOST_WORKERS = 4096
+"""More processes than one machine is of use for: a slip of the finger shall not fill its memory."""
 _SHOWN_LOST = 4
 """Lost workers that an error names."""
 
@@ -38,6 +40,8 @@ def names_of(workers: int | Iterable[str] | None) -> list[str]:
     if number is not None:
         if number < 1:
             raise ValueError(f"a cluster needs at least one worker, not {number}")
+        if number > _MOST_WORKERS:
+            raise ValueError(f"a cluster has at most {_MOST_WORKERS} workers, not {number}")
         return [f"worker-{number}" for number in range(number)]
     try:
         names = iter(workers)  # type: ignore[arg-type]  # a number is none of the usual ones

@@ -37,8 +37,8 @@ def lost(
     return WorkerLostError(
         f"worker {worker!r} (process {process.pid}) is gone: {why}{_how(code, oom_kills)}. "
         f"{_last_words(unfinished)}"
-        "Its objects are lost; send them again to another worker, or use Cluster(restart=True) "
-        f"and cluster[{worker!r}].",
+        "Its objects are lost; send them again to another worker, or to the new one that "
+        f"cluster[{worker!r}] is with Cluster(restart=True).",
         worker=worker,
         exitcode=code,
         last_command=unfinished[0] if unfinished else None,

@@ -16,11 +16,12 @@ the middle of reading or writing nobody can go on but the interrupted code: the 
 """
 
 import contextlib
+import numbers
 import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedproc.remote.ending import reentered
 from fedproc.remote.herald import Herald
@@ -75,6 +76,12 @@ def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.pol
     return links, poll
 
 
+def _seconds(timeout: Any) -> float:
+    if not isinstance(timeout, numbers.Real) or timeout != timeout:  # noqa: PLR0124 - NaN
+        raise ValueError(f"timeout must be a number of seconds, or None, not {timeout!r}")
+    return float(timeout)
+
+
 class Hub:
     """Reads for all links of a cluster."""
 
@@ -85,7 +92,7 @@ class Hub:
         self._leader = threading.Lock()
         self._leads = 0  # the thread that has it
         self._at_rest = False  # that thread: nothing is half taken
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # a signal handler may wait, too, with it in hand
         self._changed = threading.Condition(self._mutex)
         self._followers = 0
         self._bell = threading.Lock()  # locked: silent; the janitor waits for its release
@@ -115,10 +122,14 @@ class Hub:
         """Read until ``ready()``; False when ``timeout`` seconds have passed before.
 
         ``ready`` is called by this thread only, often; it must be cheap and must not wait.
+
+        Raises:
+            ValueError: ``timeout`` is neither a number nor None.
+            FedprocError: a signal handler would wait for what it has interrupted.
         """
+        deadline = None if timeout is None else time.monotonic() + _seconds(timeout)
         if ready():
             return True
-        deadline = None if timeout is None else time.monotonic() + timeout
         here = threading.get_ident()
         if self._interrupts(here):
             self._watched = _watch(self._watched[0])  # the other poll object is in use below us
@@ -205,9 +216,11 @@ class Hub:
         try:
             tried.extend(map(self._leader.acquire, (False,)))
             if tried[0]:
+                self._leads, self._at_rest = threading.get_ident(), False
                 self._read(0.0)
         finally:
             if tried and tried[0]:
+                self._leads = 0
                 self._leader.release()
                 self.notify()
 

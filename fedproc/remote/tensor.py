@@ -123,9 +123,8 @@ class TensorPointer(Pointer, kind="tensor"):
     def __getattr__(self, name: str) -> Any:
         """Properties that need the worker; anything else does not exist."""
         if name.startswith("_") or not hasattr(torch.Tensor, name):
-            raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r}: a tensor has none"
-            )
+            why = "no private name is asked for there" if name[:1] == "_" else "a tensor has none"
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {why}")
         if name in REFUSED:
             raise PlacementError(f"{name}: {REFUSED[name]}.")
         if name in TENSOR_PROPERTIES:

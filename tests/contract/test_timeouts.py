@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,3 +71,12 @@ def test_the_cluster_closes_over_a_function_that_never_returns():
     cluster.close()
     assert time.monotonic() - start < 10
     assert cluster["bob"].alive is False
+
+
+@pytest.mark.parametrize("timeout", ["1", float("nan"), [1]])
+def test_what_is_no_time_is_refused_and_the_object_stays(bob, x, timeout):
+    p = bob.send(x)
+    for wait in (p.get, p.fetch, p.wait):
+        with pytest.raises(ValueError, match="timeout must be a number of seconds, or None"):
+            wait(timeout=timeout)
+    assert torch.equal(p.get(timeout=np.int64(60)), x)

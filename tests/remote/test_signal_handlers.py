@@ -139,3 +139,25 @@ def test_an_interrupted_append_does_not_lock_out_the_handler(cluster, on_signal)
     with channel._append_lock:
         signal.raise_signal(signal.SIGUSR1)
     assert found == [1]
+
+
+def test_in_the_middle_of_a_look_it_is_refused_to_wait(cluster, on_signal, monkeypatch):
+    bob = cluster["bob"]
+    x = bob.send(torch.zeros(3))
+    x.wait()
+    found = on_signal(x.fetch)
+    interrupt_once(monkeypatch, bob.link.hub, "_read")
+    assert bob.alive
+    assert "wait: a signal handler or finalizer cannot use worker" in str(found[0])
+    assert x.sum().item() == 0.0
+
+
+def test_who_waits_for_another_to_read_does_not_lock_out_the_handler(
+    cluster, on_signal, monkeypatch
+):
+    hub, x = cluster["bob"].link.hub, cluster["bob"].send(torch.zeros(3))
+    found = on_signal(x.fetch)
+    monkeypatch.setattr(hub, "_followers", 1)  # it is about to sleep
+    with hub._mutex:
+        signal.raise_signal(signal.SIGUSR1)
+    assert found[0].tolist() == [0.0] * 3
