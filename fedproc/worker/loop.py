@@ -140,12 +140,12 @@ class Loop:
             self._fail(frame, error)
         host.trouble = self._running = None
         host.used.clear()
-        host.arena.done[0] = self._last  # also if it is killed before it could tell
         if _QUERY[frame.kind]:
-            self._reported = frame.sequence
-            self._unreported = 0
+            self._reported, self._unreported = frame.sequence, 0
             _flush(host)
-        elif self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
+            return  # a query is done when its answer has come
+        host.arena.done[0] = self._last  # also if it is killed before it could tell
+        if self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
             self.report()
 
     def recover(self, error: BaseException) -> None:
