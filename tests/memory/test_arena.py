@@ -733,7 +733,7 @@ def test_what_is_outside_cannot_be_shown(arena, mapped):
 
 def test_a_file_that_is_too_short_is_refused(arena):
     with pytest.raises(ValueError, match="shorter than"):
-        Mapped(arena.fd, LIMIT + 1)
+        Mapped(arena.fd, LIMIT + PAGE + 1)
 
 
 # ---------------------------------------------------------------- the end

@@ -88,6 +88,15 @@ def test_a_launch_that_fails_leaves_no_descriptor(monkeypatch, error):
     assert descriptors() == before
 
 
+@pytest.fixture
+def ctrl_c():
+    """A program in the background of a shell would ignore it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_the_launch_comes_at_its_end_and_nothing_stays(monkeypatch):
     started = []
     execute = transport.execute
