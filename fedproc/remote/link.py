@@ -274,7 +274,12 @@ class Link:
         """Send a query that exports memory; from it on, commands that may write wait."""
         self.check_process()
         with self.outbox.lock:  # nobody gets a write in between
-            self.outbox.lend(borrow, self.submit(message, site, urgent=True))
+            query = self.submit(message, site, urgent=True)
+            try:
+                self.outbox.lend(borrow, query)
+            except BaseException:  # Ctrl-C: the borrow does not know its number yet
+                self.inbox.abandon(query)
+                raise
 
     def free_to_write(self, borrow: Borrow) -> None:
         """A copy is read: what waits for this borrow goes out, its blocks stay."""

@@ -1,6 +1,7 @@
 """Ctrl-C at any point: the next command works, nothing is out of step, nothing waits for ever."""
 
 import random
+import sys
 import time
 
 import pytest
@@ -97,13 +98,11 @@ def _compute_and_fetch(bob, large):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("work", [_send, _compute_and_fetch])
-def test_next_to_nothing_of_what_was_interrupted_stays_in_the_worker(work, interrupts):
-    """The interpreter swallows an interrupt at the very entry of a finalizer, and with it its work.
-
-    That is one in hundreds. One in ten, with its memory, stayed when writing was not looked after.
-    """
+def test_next_to_nothing_of_what_was_interrupted_stays_in_the_worker(work, interrupts, monkeypatch):
+    """Only what finalizers lost: an interrupt at the entry of one is swallowed, with its work."""
     moments = random.Random(work.__name__)
-    swallowed = 4
+    swallowed = []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
     with fp.Cluster(["bob"]) as cluster:
         bob, large = cluster["bob"], torch.ones(300_000)
         for _ in range(80):
@@ -112,8 +111,8 @@ def test_next_to_nothing_of_what_was_interrupted_stays_in_the_worker(work, inter
             )
         cluster.wait(timeout=20)
         deadline = time.monotonic() + 20
-        while (left := bob.stats()).objects > swallowed:
-            assert time.monotonic() < deadline, left
+        while (left := bob.stats()).objects > len(swallowed) + 2:  # between number and pointer
+            assert time.monotonic() < deadline, (left, len(swallowed))
         bob.clear()
-        while (left := bob.stats()).arena_bytes:
-            assert time.monotonic() < deadline, left
+        while (left := bob.stats()).arena_bytes > (len(swallowed) + 2) * 2 * large.nbytes:
+            assert time.monotonic() < deadline, (left, len(swallowed))
