@@ -10,6 +10,7 @@ from fedproc.cluster.functions import Functions
 from fedproc.errors import FedprocError, WorkerStartError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.memory.spares import SPARES
+from fedproc.memory.undisturbed import undisturbed
 from fedproc.remote.failures import Failures
 from fedproc.remote.hub import Hub
 from fedproc.remote.link import Link
@@ -17,7 +18,6 @@ from fedproc.remote.message import plain
 from fedproc.remote.site import Site
 from fedproc.remote.worker import Worker
 from fedproc.transport.base import Transport, WorkerSpec, receive_descriptor
-from fedproc.transport.undisturbed import undisturbed
 from fedproc.wire import commands
 
 LOCKSTEP_SECONDS = 0.05

@@ -12,7 +12,6 @@ A forked child shares the pages (they are not copied on write) and may not alloc
 
 import mmap
 import os
-import threading
 import weakref
 from collections import deque
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import psutil
 from fedproc.errors import ArenaFullError, ClosedError
 from fedproc.memory import pages
 from fedproc.memory.heap import Chunk, Heap, whole_pages
+from fedproc.memory.undisturbed import SteadyLock
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,7 +67,7 @@ class Arena:
         self.done = memoryview(self._map)[self.size_bytes :].cast("Q")
         self._address = pages.address_of(self._map)
         pages.seal(self._writable, self.fd)
-        self._lock = threading.Lock()
+        self._lock = SteadyLock()
         self._heap = Heap(self.size_bytes)
         self._live: dict[Block, Chunk | int] = {}
         self._leases: dict[Block, _Lease] = {}
@@ -86,7 +86,7 @@ class Arena:
             raise ValueError(f"a block cannot have {nbytes} bytes")
         if os.getpid() != self._owner:
             raise self._unusable()
-        with self._lock:
+        with self._lock.held():
             if self._dead:
                 self._drain()
             taken = self._heap.take(nbytes, self._admit)
@@ -102,7 +102,7 @@ class Arena:
         Raises:
             ValueError: it is not allocated (freed twice?), or leased: then it frees itself.
         """
-        with self._lock:
+        with self._lock.held():
             if self._dead:
                 self._drain()
             if block in self._leases:
@@ -116,7 +116,7 @@ class Arena:
             ClosedError: the arena was closed.
             ValueError: the block is not allocated, or already leased.
         """
-        with self._lock:
+        with self._lock.held():
             self._drain()
             if block in self._leases:
                 raise ValueError(f"{block} is already leased")
@@ -148,7 +148,7 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Bytes of the blocks now allocated, each rounded up to its size class."""
-        with self._lock:
+        with self._lock.held():
             self._drain()
             return self._heap.used_bytes
 
@@ -162,7 +162,7 @@ class Arena:
         """
         if os.getpid() != self._owner or self._map is None:
             raise self._unusable()
-        with self._lock:
+        with self._lock.held():
             self._drain()
             for start, nbytes in self._heap.excess():
                 try:

@@ -49,7 +49,7 @@ def run_there(
         operation=operation, private=private, update=update,
     )  # fmt: skip
     # besides this function, the method of a pointer or worker that called it is ours
-    return owned(cls, target, target.submit(message, caller(3), more=more))
+    return owned(cls, target, message, caller(3), more=more)
 
 
 def order(
@@ -86,7 +86,7 @@ def part(cls: type[AnyPointer], of: Pointer, path: tuple[Any, ...]) -> AnyPointe
     handle = of._data()
     handle.check()
     message = plain(commands.Part(handle.oid, path), f"part {path}")
-    new = owned(cls, handle.link, handle.link.submit(message, caller()))
+    new = owned(cls, handle.link, message, caller())
     new._handle.is_part_of(handle, path)
     return new
 

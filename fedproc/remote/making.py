@@ -4,7 +4,9 @@ import weakref
 
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
+from fedproc.remote.message import Message
 from fedproc.remote.pointer import AnyPointer, Pointer
+from fedproc.remote.site import Site
 
 _new = object.__new__
 # past __setattr__ of pending pointers, which makes up its mind about every name
@@ -22,12 +24,17 @@ def make(cls: type[AnyPointer], handle: Handle, owner: bool | Pointer) -> AnyPoi
     return pointer
 
 
-def owned(cls: type[AnyPointer], link: Link, oid: int) -> AnyPointer:
-    """A pointer that owns the new object ``oid``."""
+def owned(
+    cls: type[AnyPointer], link: Link, message: Message, site: Site, *, more: bool = False
+) -> AnyPointer:
+    """Submit a command that makes an object; a pointer that owns it. ``more``: see ``submit``."""
+    oid = 0
     try:
+        oid = link.submit(message, site, more=more)
         handle = Handle(link, oid)
         link.outbox.handles[oid] = weakref.ref(handle)
         return make(cls, handle, True)
-    except BaseException:  # Ctrl-C: there is no pointer whose end would free it
-        link.trash.append(oid)
+    except BaseException:
+        if oid:  # Ctrl-C: there is no pointer whose end would free it
+            link.trash.append(oid)
         raise

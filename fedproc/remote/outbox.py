@@ -105,9 +105,10 @@ class Outbox:
         if definitions:
             self._define(definitions)
         self.drawn = number = next(self._numbers)
-        if self.trash:
+        dropped = self._dropped() if self.trash else ()
+        if dropped:
             flags |= frames.FREES
-            body = frames.with_frees(self._dropped(), body)
+            body = frames.with_frees(dropped, body)
         frame = frames.pack(commands.KIND[record], flags, number, body)
         if writes:
             self.writes += 1  # what is known of objects may not be so any more
@@ -123,8 +124,11 @@ class Outbox:
             self._held.append((number, frame, writes))
         else:
             waiting = self._channel.append(frame)
-        # Only now: had an interrupt come before, nobody must wait for a command that was not sent.
+        # Only now: had an interrupt come before, nobody must wait for a command that was not sent,
+        # and no id is lost that it would have freed. One that is freed twice is freed once.
         self.last = number
+        for _ in dropped:
+            self.trash.popleft()
         return number, waiting
 
     def disown(self, number: int, message: Message) -> None:
@@ -138,12 +142,10 @@ class Outbox:
             self.trash.append(number)
 
     def _dropped(self) -> list[int]:
-        """Ids of dropped pointers, off the trash."""
-        dropped: list[int] = []
-        trash, forgotten = self.trash, self._inbox.failures.forgotten
-        while trash and len(dropped) < frames.MOST_FREES:
-            oid = trash.popleft()
-            dropped.append(oid)
+        """Ids of dropped pointers; they stay in the trash until their frame is on its way."""
+        dropped = list(itertools.islice(self.trash, frames.MOST_FREES))
+        forgotten = self._inbox.failures.forgotten
+        for oid in dropped:
             self.handles.pop(oid, None)  # whoever moves an object still needs its handles
             if forgotten:
                 forgotten.discard(oid)

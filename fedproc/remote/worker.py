@@ -273,7 +273,7 @@ def put(
         kind = TensorPointer
     elif isinstance(value, nn.Module):
         kind = ModulePointer
-    pointer = owned(kind, link, link.submit(message, caller(), more=more))
+    pointer = owned(kind, link, message, caller(), more=more)
     handle = pointer._handle
     handle.labels = (frozenset(tags), description)
     if isinstance(value, torch.Tensor):

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fedproc.errors import WorkerStartError
+from fedproc.memory.undisturbed import undisturbed
 from fedproc.transport.base import WorkerSpec
-from fedproc.transport.undisturbed import undisturbed
 
 FORK_SECONDS = 30.0
 _END_SECONDS = 5.0

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from fedproc.transport.undisturbed import undisturbed
+from fedproc.errors import FedprocError
+from fedproc.memory.undisturbed import SteadyLock, undisturbed
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +94,36 @@ def test_another_thread_touches_no_handler():
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+def test_a_steady_lock_is_let_go_before_ctrl_c_is_heard():
+    lock, steps = SteadyLock(), []
+
+    def work():
+        with lock.held():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    with lock.held():
+        assert steps == ["whole"]
+
+
+def test_a_steady_lock_refuses_a_signal_handler_of_its_own_thread():
+    lock, found = SteadyLock(), []
+
+    def use(*_):
+        with pytest.raises(FedprocError, match="a signal handler cannot use shared memory here"):
+            lock.held().__enter__()
+        found.append("refused")
+
+    old = signal.signal(signal.SIGUSR1, use)
+    try:
+        with lock.held():
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert found == ["refused"]
+    with lock.held():
+        pass
