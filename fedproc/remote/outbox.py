@@ -143,7 +143,8 @@ class Outbox:
 
     def _dropped(self) -> list[int]:
         """Ids of dropped pointers; they stay in the trash until their frame is on its way."""
-        dropped = list(itertools.islice(self.trash, frames.MOST_FREES))
+        # By index: making an iterator may start the collector, whose finalizers add to the trash.
+        dropped = [self.trash[at] for at in range(min(len(self.trash), frames.MOST_FREES))]
         forgotten = self._inbox.failures.forgotten
         for oid in dropped:
             self.handles.pop(oid, None)  # whoever moves an object still needs its handles

@@ -93,6 +93,26 @@ def test_pointers_die_in_cycles_while_commands_are_sent(bob, x):
     assert len(bob.objects) == 0
 
 
+@pytest.mark.parametrize("threshold", [5, 7])
+def test_pointers_die_in_cycles_while_frees_are_gathered(bob, x, threshold):
+    def work():
+        for _ in range(EACH):
+            for _ in range(3):
+                Knot(bob.send(x))
+            bob.run(abs, -1)
+
+    old = gc.get_threshold()
+    gc.set_threshold(threshold)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for future in [pool.submit(work) for _ in range(3)]:
+                future.result()
+    finally:
+        gc.set_threshold(*old)
+    gc.collect()
+    assert len(bob.objects) == 0
+
+
 def test_pointers_die_while_the_thread_holds_the_lock_of_the_outbox(bob, x):
     pointer = bob.send(x)
     with bob.link.outbox.lock:
