@@ -9,7 +9,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch
 
-    from fedproc.client.training import Loss
+    from fedproc.client.gradients import Loss
 
 
 def placed_loss(loss: Loss | None, device: torch.device) -> Loss | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fedproc.client.training import Loss
+    from fedproc.client.gradients import Loss
 
 
 @dataclass(frozen=True, slots=True)

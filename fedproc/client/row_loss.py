@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fedproc.client.training import Loss
+    from fedproc.client.gradients import Loss
 
 Reduction = Literal["mean", "sum"]
 RowLosses = Callable[[Tensor, Tensor], Tensor]

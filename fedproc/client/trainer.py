@@ -16,6 +16,7 @@ from fedproc.client.clipping import clip_update
 from fedproc.client.custom import run_function
 from fedproc.client.devices import placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
+from fedproc.client.gradients import Gradients, Loss
 from fedproc.client.leaving import may_leave
 from fedproc.client.resident import Resident
 from fedproc.client.rules import step_norm
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedproc.client.layout import Slot
-    from fedproc.client.training import Loss
 
     _Known = tuple[dict[str, Any], Mapping[str, Tensor]]
 
@@ -73,8 +73,9 @@ class Trainer:
         self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
         self._spans = dict(spans or {})
         custom = not isinstance(work.local, LocalTraining)
-        placed_loss(self._loss(), self._device)
+        loss = placed_loss(self._loss(), self._device)
         self._resident = Resident(model.to(self._device), custom=custom)
+        self._gradients = None if loss is None else Gradients(self._resident.model, loss)
         self._footprint = Footprint(trail)
         self._stacks: StackTrainer | None = None
         self._failed: dict[str, BaseException] = {}
@@ -256,11 +257,7 @@ class Trainer:
         return x[span.start : span.stop], y[span.start : span.stop]
 
     def _run_epochs(
-        self,
-        model: nn.Module,
-        local: LocalTraining,
-        task: Task,
-        known: tuple[Mapping[str, Any], Mapping[str, Tensor]],
+        self, model: nn.Module, local: LocalTraining, task: Task, known: _Known
     ) -> Update:
         state, shared = known
         rows = self._rows(task.client)
@@ -271,7 +268,7 @@ class Trainer:
             parameters = self._resident.layout.trained(model)
             correction = self._work.rule.start(parameters, shared, state)
         correct = None if correction is None else correction.apply
-        progress = run_local_epochs(model, rows, local, self._order, correct)
+        progress = run_local_epochs(model, rows, local, self._order, correct, self._gradients)
         assert progress.optimizer is not None
         return Update(
             block=NO_BLOCK,

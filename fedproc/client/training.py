@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fedproc.client.gradients import Gradients, Loss
 from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.stepping import step_of, zero_grad_of
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from fedproc.client.update import Task
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -115,8 +115,9 @@ def run_local_epochs(
     local: LocalTraining,
     generator: torch.Generator,
     correct: Callable[[], None] | None = None,
+    gradients: Gradients | None = None,
 ) -> Progress:
-    """Trains ``model`` in place on the rows of one client.
+    """Trains ``model`` in place on the rows of one client; returns what was done.
 
     Args:
         model: Holds the global parameters at the start.
@@ -124,9 +125,7 @@ def run_local_epochs(
         local: What to do.
         generator: Draws the order of the rows.
         correct: Called after each backward pass; may change the gradients.
-
-    Returns:
-        Steps, rows and loss of what was done.
+        gradients: Of this model and the loss of ``local``, from an earlier client.
 
     Raises:
         ValueError: The loss is not one number.
@@ -136,11 +135,10 @@ def run_local_epochs(
     optimizer = local.optimizer(parameters)
     progress = Progress(optimizer=optimizer)
     step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
+    backward = (gradients or Gradients(model, local.loss)).begin()
     for x, y in _batches(rows, local, generator):
         zero_grad()
-        loss = local.loss(model(x), y)
-        progress.loss_sum += _loss_value(loss, progress.steps) * len(x)
-        loss.backward()  # type: ignore[no-untyped-call]
+        progress.loss_sum += backward(x, y, progress.steps) * len(x)
         if local.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
         if correct is not None:
@@ -149,25 +147,6 @@ def run_local_epochs(
         progress.steps += 1
         progress.rows += len(x)
     return progress
-
-
-def _loss_value(loss: Tensor, step: int) -> float:
-    if loss.numel() != 1:
-        raise ValueError(
-            f"the loss has shape {tuple(loss.shape)}, it must be one number: "
-            "use reduction='mean' or take the mean"
-        )
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise non_finite_loss(value, step)
-    return value
-
-
-def non_finite_loss(value: float, step: int) -> FloatingPointError:
-    """Makes the error of a client whose loss is NaN or infinite after ``step`` steps."""
-    return FloatingPointError(
-        f"the loss is {value} at step {step + 1}: lower the learning rate, or clip"
-    )
 
 
 def non_finite_update(task: Task, where: str) -> FloatingPointError:

@@ -22,9 +22,10 @@ from fedproc.client.training import LocalTraining
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from fedproc.client.gradients import Loss
     from fedproc.client.row_loss import Reduction, RowLosses
     from fedproc.client.rules import LocalRule
-    from fedproc.client.training import Loss, TrainFunction
+    from fedproc.client.training import TrainFunction
 
 _DTYPES: Final = (torch.float32, torch.float64)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedproc.client.gradients import non_finite_loss
 from fedproc.client.orders import Orders
 from fedproc.client.row_loss import (
     NotVectorizableError,
@@ -28,7 +29,6 @@ from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
 from fedproc.client.stacked_optimizer import StackedOptimizer
 from fedproc.client.stacked_rules import stacked_correction
-from fedproc.client.training import non_finite_loss
 from fedproc.client.update import NO_BLOCK, Task, Update
 from fedproc.client.vectorizable import try_rows
 

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fedproc.client.training import LocalTraining, Loss, TrainFunction
+    from fedproc.client.gradients import Loss
+    from fedproc.client.training import LocalTraining, TrainFunction
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.evaluation import Metric
     from fedproc.federated.history import Evaluation

@@ -20,7 +20,7 @@ from fedproc.federated.rows import as_rows
 
 if TYPE_CHECKING:
     from fedproc.client.evaluation import ChunkSums
-    from fedproc.client.training import Loss
+    from fedproc.client.gradients import Loss
     from fedproc.federated.crew import Crew
 
 Metric = Callable[[Tensor, Tensor], Any]

@@ -1,0 +1,156 @@
+"""A program does what the captured function did; what cannot be repeated is not captured."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedproc.client.capture import MOST_BYTES, Program, capture
+from fedproc.client.gradients import _owned
+
+KNOWN = torch.arange(6.0).reshape(2, 3)
+
+
+def captured(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Program:
+    results, program = capture(function, inputs, [KNOWN])
+    assert program is not None
+    assert all(map(torch.equal, results, function(*inputs)))
+    return program
+
+
+def in_place(x: Tensor) -> tuple[Tensor, ...]:
+    y = x * 2
+    y.add_(1)
+    y[0].fill_(7)
+    return y.detach(), y.t().t()
+
+
+def in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    left, right = x.split(2, dim=1)
+    values, places = left.max(dim=1)
+    (whole,) = torch.cat([right, left], dim=1).split(4, dim=1)
+    return whole, values, places, torch.stack([KNOWN, KNOWN * values[0]])
+
+
+def descended(x: Tensor) -> tuple[Tensor, ...]:
+    leaf = x.detach().requires_grad_()
+    loss = (leaf.t().matmul(leaf).relu() * 3).sum()
+    return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+
+def stacked(x: Tensor) -> tuple[Tensor, ...]:
+    def loss(row: Tensor) -> Tensor:
+        return (row.tanh() * KNOWN[0, 1]).sum() ** 2
+
+    return torch.func.vmap(torch.func.grad(loss))(x), torch.func.vmap(loss)(x)
+
+
+@pytest.mark.parametrize("function", [in_place, in_parts, descended, stacked])
+def test_other_values_of_the_same_shape_get_the_same_operations(
+    function: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    torch.manual_seed(0)
+    program = captured(function, torch.randn(5, 4))
+    other = torch.randn(5, 4)
+
+    results = program(other)
+
+    expected = function(other)
+    assert len(results) == len(expected)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+        assert not ours.requires_grad
+
+
+def test_a_known_tensor_is_read_anew_and_may_be_changed() -> None:
+    program = captured(lambda x: (x + KNOWN.clone(),), torch.zeros(2, 3))
+    counted = torch.zeros(())
+
+    def count(x: Tensor) -> tuple[Tensor, ...]:
+        counted.add_(1)
+        return (x + counted,)
+
+    _, counting = capture(count, [torch.zeros(())], [counted])
+    assert counting is not None
+    KNOWN.add_(10)
+    try:
+        assert program(torch.zeros(2, 3))[0].tolist() == [[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]]
+    finally:
+        KNOWN.sub_(10)
+    assert [counting(torch.zeros(()))[0].item() for _ in range(2)] == [2.0, 3.0]
+
+
+def test_a_random_number_is_drawn_though_nobody_uses_it() -> None:
+    def draw(x: Tensor) -> tuple[Tensor, ...]:
+        torch.rand(3)
+        return (torch.rand_like(x),)
+
+    _, program = capture(draw, [torch.zeros(2)], [])
+    assert program is not None
+    torch.manual_seed(5)
+    ours = program(torch.zeros(2))[0]
+    torch.manual_seed(5)
+
+    assert torch.equal(ours, draw(torch.zeros(2))[0])
+
+
+def test_an_error_leaves_autograd_as_it_was() -> None:
+    def pick(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (KNOWN.flatten().index_select(0, x),)
+
+    program = captured(pick, torch.tensor([0, 5]))
+
+    with pytest.raises(IndexError) as caught:
+        program(torch.tensor([0, 6]))
+    assert torch.is_grad_enabled()
+    assert (torch.ones(2, requires_grad=True) * 2).requires_grad
+    assert caught.tb  # while its frames are alive
+
+
+def branch(x: Tensor) -> tuple[Tensor, ...]:
+    return (x if x.sum() > 0 else -x,)
+
+
+def scale(x: Tensor) -> tuple[Tensor, ...]:
+    return (x * x.max().item(),)
+
+
+def unknown(x: Tensor) -> tuple[Tensor, ...]:
+    return (x + torch.tensor([1.0, 2.0, 3.0]),)
+
+
+REFUSED: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "a branch": branch,
+    "a number": scale,
+    "chosen rows": lambda x: (x[x > 0],),
+    "a tensor of each call": unknown,
+    "large": lambda x: ((x.new_zeros(MOST_BYTES) + x[0, 0]).sum(),),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_repeated_is_not_captured(name: str) -> None:
+    x = torch.ones(2, 3)
+
+    results, program = capture(REFUSED[name], [x], [])
+
+    assert program is None
+    assert all(map(torch.equal, results, REFUSED[name](x)))
+
+
+def test_gradients_are_nobody_elses_and_lie_like_their_parameters() -> None:
+    first, second = torch.ones(2, 3), torch.ones(3, 2).t()
+    gradient = torch.arange(6.0).reshape(2, 3)
+
+    alone = _owned([first], [gradient], set())
+    both = _owned([first, first], [gradient, gradient], set())
+    turned = _owned([second], [gradient], set())
+    shown = _owned([first], [gradient], {gradient.untyped_storage().data_ptr()})
+
+    assert alone[0] is gradient
+    assert len({tensor.data_ptr() for tensor in (*both, *turned, *shown)}) == 4
+    assert turned[0].stride() == second.stride()
+    assert all(torch.equal(tensor, gradient) for tensor in (*both, *turned, *shown))
