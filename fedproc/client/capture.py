@@ -12,8 +12,8 @@ are known: see :mod:`fedproc.client.repeatable` for what may be captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
-MOST_BYTES: Final = 16 << 20
+MOST_BYTES: Final = 64 << 20
 """Results of all operations; beyond, the operations themselves take the time."""
+MOST_SHAPES: Final = 64
+"""What one computation is captured for; inputs of other shapes take the ordinary way."""
 
 _Replay = Callable[..., tuple[Tensor, ...]]
 _aten = torch.ops.aten
@@ -33,6 +35,35 @@ _BINDINGS: Final[dict[Any, Callable[..., Any]]] = {
     for name in ("t", "mm", "addmm", "bmm", "relu", "_log_softmax", "_log_softmax_backward_data")
 }
 _DATA_DEPENDENT: Final = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Programs:
+    """One computation, captured for each of the shapes that its inputs have.
+
+    The first inputs of a shape take the ordinary way, since many shapes come only once; the second
+    are captured, and all others replayed.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], known: Iterable[Tensor]
+    ) -> None:
+        """Arguments as of :func:`capture`."""
+        self._function = function
+        self._known = list(known)
+        self._found: dict[Hashable, Program | Literal["once"] | None] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Returns what the function returns for ``inputs``."""
+        key = tuple([(x.shape, x.dtype, x.stride()) for x in inputs])
+        found = self._found.get(key)
+        if isinstance(found, Program):
+            return found(*inputs)
+        if found == "once":
+            results, self._found[key] = capture(self._function, inputs, self._known)
+            return results
+        if len(self._found) < MOST_SHAPES:
+            self._found.setdefault(key, "once")
+        return self._function(*inputs)
 
 
 class Program:

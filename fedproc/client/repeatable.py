@@ -7,7 +7,7 @@ modules are taken, of which it is known, with torch's own losses, and only while
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -37,6 +37,38 @@ _LOSS_FUNCTIONS: Final = frozenset[Any]({
 })  # fmt: skip
 
 
+class Repeatable:
+    """A model with a loss, and whether what was captured of them holds.
+
+    Attributes:
+        known: Their parameters and buffers, the loss's too.
+        parameters: Those that are trained.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
+        """Looks at what they are made of."""
+        self._parts = list(model.modules())
+        self._is_known = is_repeatable(model, loss)
+        if isinstance(loss, nn.Module):
+            self._parts.extend(loss.modules())
+        self.known = [t for part in self._parts for t in _tensors_of(part)]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def holds(self) -> bool:
+        """Whether nobody would notice now that torch's modules, or its graph, are left out."""
+        return self._is_known and not (
+            modules._has_any_global_hook()  # type: ignore[no-untyped-call]
+            or any(_is_changed(part) for part in self._parts)
+            or any(_is_different(parameter) for parameter in self.parameters)
+            or torch.is_anomaly_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_inference_mode_enabled()
+            or torch._C._len_torch_function_stack()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._autograd._profiler_enabled()
+        )
+
+
 def is_repeatable(model: nn.Module, loss: Callable[..., Tensor]) -> bool:
     """Whether model and loss are made of torch's own parts, on the CPU."""
     parts = list(model.modules())
@@ -46,7 +78,7 @@ def is_repeatable(model: nn.Module, loss: Callable[..., Tensor]) -> bool:
         parts.append(loss)
     elif all(loss is not function for function in _LOSS_FUNCTIONS):
         return False
-    return known and all(tensor.is_cpu for part in parts for tensor in tensors_of(part))
+    return known and all(tensor.is_cpu for part in parts for tensor in _tensors_of(part))
 
 
 def _is_special(part: nn.Module) -> bool:
@@ -54,24 +86,8 @@ def _is_special(part: nn.Module) -> bool:
     return bool(getattr(part, "sparse", False) or getattr(part, "max_norm", None))
 
 
-def tensors_of(part: nn.Module) -> list[Tensor]:
-    """Lists the parameters and buffers of a module and its parts."""
-    return [*part.parameters(), *part.buffers()]
-
-
-def is_unwatched(parts: Sequence[nn.Module], parameters: Iterable[Tensor]) -> bool:
-    """Whether nobody would notice that torch's modules, or its graph, are left out."""
-    return not (
-        modules._has_any_global_hook()  # type: ignore[no-untyped-call]
-        or any(_is_changed(part) for part in parts)
-        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
-        or torch.is_anomaly_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_inference_mode_enabled()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-    )
+def _tensors_of(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _is_changed(part: nn.Module) -> bool:
@@ -85,3 +101,8 @@ def _is_changed(part: nn.Module) -> bool:
         or "_compiled_call_impl" in own
         or not own["training"]
     )
+
+
+def _is_different(parameter: Tensor) -> bool:
+    hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    return bool(hooked or not parameter.requires_grad)

@@ -9,13 +9,14 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fedproc.client.layout import Layout, fill, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fedproc.client.layout import Slot
 
@@ -57,6 +58,11 @@ class Resident:
     def load(self, pieces: Sequence[Tensor]) -> None:
         """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them."""
         load(pieces, self._members)
+
+    def train(self) -> None:
+        """Puts the model into training mode; torch would set every module again."""
+        if not all(map(_is_training, self._modules)):
+            self.model.train()
 
     def write(self, slot: Slot) -> None:
         """Copies the values into ``slot``."""
@@ -112,3 +118,7 @@ class Resident:
     def _frozen_versions(self) -> list[int]:
         pairs = zip(self._parameters, self._flags, strict=True)
         return [parameter._version for parameter, flag in pairs if not flag]
+
+
+def _is_training(module: nn.Module) -> bool:
+    return module.training and type(module).train is nn.Module.train

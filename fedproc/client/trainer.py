@@ -157,8 +157,8 @@ class Trainer:
         if self._stacks is None:
             self._stacks = StackTrainer(self._resident, self._work, self._blocks, self._spans)
         with preserved_streams(self._device):
-            with self._loaded(pieces, derive_seed("stack")) as model:
-                model.train()
+            with self._loaded(pieces, derive_seed("stack")):
+                self._resident.train()
                 blocks = self._work.blocks(self._resident.layout, tasks)
                 updates, failures = self._stacks.train(block, blocks, tasks, known)
             self._failed.update(failures)
@@ -199,7 +199,7 @@ class Trainer:
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
         with self._loaded(pieces, seed) as model:
-            model.train()
+            self._resident.train()
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)
             else:

@@ -131,21 +131,21 @@ def run_local_epochs(
         ValueError: The loss is not one number.
         FloatingPointError: The loss is NaN or infinite.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = local.optimizer(parameters)
+    backward = gradients or Gradients(model, local.loss)
+    optimizer = local.optimizer(list(backward.parameters))
     progress = Progress(optimizer=optimizer)
     step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
-    backward = (gradients or Gradients(model, local.loss)).begin()
+    backward.begin()
     for x, y in _batches(rows, local, generator):
         zero_grad()
-        progress.loss_sum += backward(x, y, progress.steps) * len(x)
+        progress.loss_sum += backward(x, y, progress.steps) * x.shape[0]
         if local.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
+            nn.utils.clip_grad_norm_(backward.parameters, local.clip_grad_norm)
         if correct is not None:
             correct()
         step()
         progress.steps += 1
-        progress.rows += len(x)
+        progress.rows += x.shape[0]
     return progress
 
 
@@ -167,7 +167,7 @@ def _batches(
     x, y = rows
     left = math.inf if local.max_steps is None else local.max_steps
     for _ in range(local.epochs):
-        for index in _batch_indices(len(x), local, generator):
+        for index in _batch_indices(x.shape[0], local, generator):
             if left <= 0:
                 return
             left -= 1

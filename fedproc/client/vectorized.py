@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedproc.client.capture import Programs
 from fedproc.client.gradients import non_finite_loss
 from fedproc.client.orders import Orders
+from fedproc.client.repeatable import Repeatable
 from fedproc.client.row_loss import (
     NotVectorizableError,
     ignored_target,
@@ -114,6 +116,8 @@ class Stacks:
         # as local epochs give them to the optimizer; of one dtype, this is the order of a block
         self._parameters = [p for p in resident.model.parameters() if p.requires_grad]
         self._row_losses = row_losses(local.loss)
+        self._repeatable = Repeatable(resident.model, local.loss)
+        self._programs = Programs(self._by_autograd, self._repeatable.known)
         self._mean: bool | None = None
         self._looked_at: Tensor | None = None
 
@@ -161,14 +165,14 @@ class Stacks:
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, self._anchor(), shared, known)
         losses = torch.zeros(orders.counts.shape, dtype=torch.float64)
+        compute = self._programs if self._repeatable.holds() else self._by_autograd
         for number, step in enumerate(orders.walk(values, mean=mean)):
             training = values[: step.clients]
-            rows = shards.take(step.index, step.clients)
-            gradients, found = self._gradients(training, rows, step.weights)
+            x, y = shards.take(step.index, step.clients)
+            gradients, losses[number, : step.clients] = compute(training, x, y, step.weights)
             if correction is not None:
                 correction.apply(gradients, training)
             optimizer.step(gradients)
-            losses[number, : step.clients] = found
         kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in tasks]
         updates = self._updates(orders, shards, losses, kept, chosen)
         places = torch.tensor(orders.sorted, device=values.device).argsort()
@@ -178,12 +182,12 @@ class Stacks:
         """Returns the global parameters: (parameters,)."""
         return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
 
-    def _gradients(
-        self, values: Tensor, rows: tuple[Tensor, Tensor], weights: Tensor
+    def _by_autograd(
+        self, values: Tensor, x: Tensor, y: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the gradient (clients, parameters) and loss (clients,) of every client."""
         leaf = values.detach().requires_grad_()
-        losses = self._losses(leaf, *rows, weights)
+        losses = self._losses(leaf, x, y, weights)
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)
         if self._local.clip_grad_norm is not None:
             norms = gradients.norm(dim=1, keepdim=True)

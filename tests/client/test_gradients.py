@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from fedproc.client.capture import Program
-from fedproc.client.gradients import MOST_PROGRAMS, Gradients
+from fedproc.client.capture import MOST_SHAPES, Program
+from fedproc.client.gradients import Gradients
 from fedproc.client.repeatable import _LOSSES, _MODULES, is_repeatable
 
 IMAGE = (3, 8, 8)
@@ -288,7 +288,7 @@ def both_ways(
 
 
 def programs(gradients: Gradients) -> int:
-    return sum(isinstance(program, Program) for program in gradients._programs.values())
+    return sum(isinstance(program, Program) for program in gradients._programs._found.values())
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -514,8 +514,8 @@ def test_only_so_many_shapes_are_captured() -> None:
     model = nn.Linear(6, 4)
     gradients = Gradients(model, F.cross_entropy)
     gradients.begin()
-    for rows in [*range(1, MOST_PROGRAMS + 5)] * 3:
+    for rows in [*range(1, MOST_SHAPES + 5)] * 3:
         model.zero_grad()
         gradients(torch.randn(rows, 6), targets("class", rows), 0)
 
-    assert programs(gradients) == len(gradients._programs) == MOST_PROGRAMS
+    assert programs(gradients) == len(gradients._programs._found) == MOST_SHAPES

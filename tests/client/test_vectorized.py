@@ -1,5 +1,6 @@
 """Clients trained at once, against the same clients trained one after the other."""
 
+import copy
 import functools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedproc.client.capture import Program
 from fedproc.client.layout import Layout
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.rules import ControlVariates, Proximal
@@ -61,7 +63,12 @@ def both(model, local, rows=None, *, states=None, shared=None, sizes=SIZES, **op
     found = []
     for method in ("train_stack", "train_some"):
         there = trainer(model, local, rows, sizes=sizes, **options)
-        result = getattr(there, method)(block, tasks_of(len(sizes)), states, shared)
+        # first by autograd, then captured, then replayed, where the model allows it
+        first, _, result = (
+            getattr(there, method)(block, tasks_of(len(sizes)), copy.deepcopy(states), shared)
+            for _ in range(3)
+        )
+        assert torch.equal(first.blocks, result.blocks)
         vectors = [layout.flat_trained(row[: layout.nbytes]) for row in result.blocks]
         found.append(list(zip(vectors, result.unpacked(layout.nbytes), strict=True)))
     return found
@@ -470,3 +477,14 @@ def test_an_optimizer_with_hooks_is_refused():
     _, block = start(model)
     with pytest.raises(NotVectorizableError, match="hooks"):
         trainer(model, LocalTraining(CE, watched)).train_stack(block, tasks_of())
+
+
+def test_steps_of_a_stack_are_replayed_when_their_shapes_come_again():
+    model = mlp()
+    _, block = start(model)
+    there = trainer(model, LocalTraining(CE, sgd, batch_size=8))
+    for _ in range(3):
+        there.train_stack(block, tasks_of())
+    found = there._stacks._stacks._programs._found.values()
+    assert found
+    assert all(isinstance(program, Program) for program in found)
