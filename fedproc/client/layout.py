@@ -75,7 +75,9 @@ class Section:
 
     def view(self, block: Tensor) -> Tensor:
         """Returns the section of ``block`` as a tensor of shape (numel,), without a copy."""
-        return block[self.start_bytes : self.stop_bytes].view(self.dtype)
+        start, stop = self.start_bytes, self.stop_bytes
+        part = block if start == 0 and stop == block.shape[0] else block[start:stop]
+        return part.view(self.dtype)
 
     def columns(self, blocks: Tensor) -> Tensor:
         """Returns the section of blocks that are rows: (blocks, numel), without a copy."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedproc.client.row_loss import NotVectorizableError
+from fedproc.client.stepping import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +60,7 @@ class StackedOptimizer:
         groups = [self._group(group, ends) for group in chosen.param_groups]
         make: Any = type(chosen)
         self._optimizer: torch.optim.Optimizer = make(groups)
+        self._step = step_of(self._optimizer)
 
     def _group(self, group: dict[str, Any], ends: dict[int, tuple[int, int]]) -> dict[str, Any]:
         """Maps a group to columns; those side by side become one parameter."""
@@ -86,7 +88,7 @@ class StackedOptimizer:
             self._narrow(len(gradients))
         for parameter, part in self._members:
             parameter.grad = gradients[:, part]
-        self._optimizer.step()
+        self._step()
 
     def _narrow(self, clients: int) -> None:
         """Lets go of clients that are done: their values and momenta are not looked at again."""

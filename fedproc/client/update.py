@@ -117,9 +117,9 @@ class Updates:
 
         Of one that failed nothing is shown: its row becomes zeros.
         """
-        for row, update in zip(blocks.unbind(), updates, strict=True):
+        for place, update in enumerate(updates):
             if update is None:
-                row.zero_()
+                blocks[place].zero_()
         numbers = pickle.dumps([update and _numbers(update) for update in updates], protocol=5)
         states = {n: update.state for n, update in enumerate(updates) if update and update.state}
         return cls(blocks, numbers, states)
