@@ -7,9 +7,12 @@ Memory is handed out in several steps, too; between two of them a range is neith
 """
 
 import contextlib
-import signal
 import threading
+
+# What module signal wraps, which looks for an enum each time: 20 us of a block in shared memory.
+from _signal import getsignal, signal  # type: ignore[import-not-found]
 from collections.abc import Iterator
+from signal import SIGINT
 from types import FrameType
 
 from fedproc.errors import FedprocError
@@ -22,7 +25,7 @@ def undisturbed() -> Iterator[None]:
     Python runs handlers in the main thread only: in any other the body cannot be interrupted
     anyway. A handler that is not a Python function cannot be put off, nor does it raise.
     """
-    installed = signal.getsignal(signal.SIGINT)
+    installed = getsignal(SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(installed):
         yield
         return
@@ -31,14 +34,14 @@ def undisturbed() -> Iterator[None]:
     def note(_number: int, frame: FrameType | None) -> None:
         came.append(frame)
 
-    signal.signal(signal.SIGINT, note)
+    signal(SIGINT, note)
     try:
         yield
     finally:
         # What came until now is noted by this call itself, what comes later is not ours.
-        signal.signal(signal.SIGINT, installed)
+        signal(SIGINT, installed)
         if came:
-            installed(signal.SIGINT, came[0])
+            installed(SIGINT, came[0])
 
 
 class SteadyLock:
