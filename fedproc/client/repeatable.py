@@ -1,8 +1,9 @@
 """Which models and losses come to the same operations in every step. Runs in workers.
 
 A module whose code a user wrote may count its calls, draw lots in Python or look at a file; what
-was captured would go on as it did the first time, and nobody would notice. So only torch's own
-modules are taken, of which it is known, with torch's own losses, and only while nobody listens in.
+was captured would go on as it did the first time, and nobody would notice. So torch's own modules
+and losses are taken, of which it is known, and users' whose code cannot do such things
+(:mod:`fedproc.client.pure`), and only while nobody listens in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
+
+from fedproc.client.pure import ImpureError, Read, reads_of_function, reads_of_module
 
 _MODULES: Final = frozenset[type]({
     nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Embedding,
@@ -27,6 +30,7 @@ _MODULES: Final = frozenset[type]({
     nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
     nn.Softmax, nn.LogSoftmax,
 })  # fmt: skip
+_CONTAINERS: Final = frozenset[type]({nn.ModuleList, nn.ModuleDict})
 _LOSSES: Final = frozenset[type]({
     nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
     nn.BCELoss, nn.BCEWithLogitsLoss,
@@ -47,19 +51,20 @@ class Repeatable:
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
         """Looks at what they are made of."""
+        self._reads = _reads(model, loss)
         self._parts = list(model.modules())
-        self._is_known = is_repeatable(model, loss)
         if isinstance(loss, nn.Module):
             self._parts.extend(loss.modules())
         self.known = [t for part in self._parts for t in _tensors_of(part)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def holds(self) -> bool:
-        """Whether nobody would notice now that torch's modules, or its graph, are left out."""
-        return self._is_known and not (
+        """Whether nobody would notice now that modules, functions and graph are left out."""
+        return self._reads is not None and not (
             modules._has_any_global_hook()  # type: ignore[no-untyped-call]
             or any(_is_changed(part) for part in self._parts)
             or any(_is_different(parameter) for parameter in self.parameters)
+            or not all(map(_is_same, self._reads))
             or torch.is_anomaly_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.is_inference_mode_enabled()
@@ -69,25 +74,49 @@ class Repeatable:
         )
 
 
-def is_repeatable(model: nn.Module, loss: Callable[..., Tensor]) -> bool:
-    """Whether model and loss are made of torch's own parts, on the CPU."""
+def _reads(model: nn.Module, loss: Callable[..., Tensor]) -> list[Read] | None:
+    """Lists what the code of model and loss reads; None if they cannot be captured."""
     parts = list(model.modules())
-    known = all(type(part) in _MODULES and not _is_special(part) for part in parts)
+    if not all(tensor.is_cpu for part in (*parts, loss) for tensor in _tensors_of(part)):
+        return None
+    try:
+        found = _reads_of_loss(loss)
+        found += [_forward(kind) for kind in {type(part) for part in parts} & _MODULES]
+        for part in parts:
+            if type(part) not in _MODULES | _CONTAINERS:
+                found += reads_of_module(part)
+            elif _is_special(part):
+                return None
+    except ImpureError:
+        return None
+    return list({(id(read.home), read.name): read for read in found}.values())
+
+
+def _reads_of_loss(loss: Callable[..., Tensor]) -> list[Read]:
     if isinstance(loss, nn.Module):
-        known = known and type(loss) in _LOSSES
-        parts.append(loss)
-    elif all(loss is not function for function in _LOSS_FUNCTIONS):
-        return False
-    return known and all(tensor.is_cpu for part in parts for tensor in _tensors_of(part))
+        if type(loss) not in _LOSSES:
+            raise ImpureError(f"{type(loss).__name__} is no loss of torch")
+        return [_forward(type(loss))]
+    if any(loss is function for function in _LOSS_FUNCTIONS):
+        return []
+    return reads_of_function(loss)
+
+
+def _forward(kind: type[nn.Module]) -> Read:
+    """What a class of torch computes; somebody may replace it."""
+    home = next(vars(base) for base in kind.__mro__ if "forward" in vars(base))
+    return Read(home, "forward", home["forward"])
+
+
+def _tensors_of(part: object) -> list[Tensor]:
+    if not isinstance(part, nn.Module):
+        return []
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _is_special(part: nn.Module) -> bool:
     """Whether an embedding has sparse gradients, or writes to its parameter in the forward pass."""
     return bool(getattr(part, "sparse", False) or getattr(part, "max_norm", None))
-
-
-def _tensors_of(part: nn.Module) -> list[Tensor]:
-    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _is_changed(part: nn.Module) -> bool:
@@ -106,3 +135,7 @@ def _is_changed(part: nn.Module) -> bool:
 def _is_different(parameter: Tensor) -> bool:
     hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
     return bool(hooked or not parameter.requires_grad)
+
+
+def _is_same(read: Read) -> bool:
+    return read.home.get(read.name) is read.value
