@@ -7,17 +7,29 @@ dispatched, below autograd, and from then on called one after the other: the sam
 same values in the same order, and the bits are the same. CUDA graphs do this for a GPU.
 
 That is right only for a computation that depends on nothing but its inputs and on tensors that
-are known: see :mod:`fedproc.client.repeatable` for what may be captured.
+are known: see :mod:`fedproc.client.repeatable` for what may be captured. While operations are
+written down, a few functions of torch take another way than usual (where ATen asks
+``isTensorSubclassLike``); a program whose first results have other bits is not taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedproc.client.program import (
+    Compute,
+    Program,
+    Results,
+    UnknownTensorError,
+    Writer,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -27,66 +39,62 @@ MOST_BYTES: Final = 64 << 20
 MOST_SHAPES: Final = 64
 """What one computation is captured for; inputs of other shapes take the ordinary way."""
 
-_Replay = Callable[..., tuple[Tensor, ...]]
-_aten = torch.ops.aten
-# Torch's own bindings take half of the time. Not for others: their defaults may be different ones.
-_BINDINGS: Final[dict[Any, Callable[..., Any]]] = {
-    getattr(_aten, name).default: getattr(torch, name)
-    for name in ("t", "mm", "addmm", "bmm", "relu", "_log_softmax", "_log_softmax_backward_data")
-}
 _DATA_DEPENDENT: Final = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Programs:
     """One computation, captured for each of the shapes that its inputs have.
 
-    The first inputs of a shape take the ordinary way, since many shapes come only once; the second
-    are captured, and all others replayed.
+    The first inputs of a shape take the ordinary way, since many shapes come only once. With the
+    second, what was captured is compared with the ordinary way, bit by bit; others are replayed.
     """
 
-    def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], known: Iterable[Tensor]
-    ) -> None:
-        """Arguments as of :func:`capture`."""
-        self._function = function
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """``known``: tensors that are read or changed, the same ones in every call."""
         self._known = list(known)
-        self._found: dict[Hashable, Program | Literal["once"] | None] = {}
+        self._found: dict[Hashable, Program | Literal["once", "refused"]] = {}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Returns what the function returns for ``inputs``."""
+    def __call__(self, function: Compute, ordinary: Compute, inputs: Sequence[Tensor]) -> Results:
+        """Returns what ``ordinary`` returns for ``inputs``.
+
+        Args:
+            function: The same, for the capture; always the same function.
+            ordinary: What is done with inputs that are not replayed.
+            inputs: Differ from one call to the next.
+        """
         key = tuple([(x.shape, x.dtype, x.stride()) for x in inputs])
         found = self._found.get(key)
         if isinstance(found, Program):
-            return found(*inputs)
+            return found(inputs)
         if found == "once":
-            results, self._found[key] = capture(self._function, inputs, self._known)
+            self._found[key] = "refused"
+            program, captured = self._try(function, inputs)
+            results = ordinary(*inputs)
+            if program is not None and _are_equal(captured, results):
+                self._found[key] = program
             return results
-        if len(self._found) < MOST_SHAPES:
-            self._found.setdefault(key, "once")
-        return self._function(*inputs)
+        if found is None and len(self._found) < MOST_SHAPES:
+            self._found[key] = "once"
+        return ordinary(*inputs)
 
-
-class Program:
-    """The operations of a computation, for inputs of the shapes that it was captured with."""
-
-    def __init__(self, replay: _Replay) -> None:
-        """Keeps the function that calls them."""
-        self._replay = replay
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Computes what the captured function returned; the results have no graph."""
-        grad = torch.is_grad_enabled()
-        below = torch._C._AutoDispatchBelowADInplaceOrView()
+    def _try(self, function: Compute, inputs: Sequence[Tensor]) -> tuple[Program | None, Results]:
+        """Captures ``function`` and leaves tensors and the random stream as they were."""
+        tensors = [*self._known, *inputs]
+        before, stream = [x.detach().clone() for x in tensors], torch.get_rng_state()
         try:
-            return self._replay(*inputs)
+            return capture(function, inputs, self._known)
+        except Exception:  # noqa: BLE001 - the ordinary way, which follows, raises what it raises
+            return None, ()
         finally:
-            del below
-            torch._C._set_grad_enabled(grad)
+            torch.set_rng_state(stream)
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
 
 
 def capture(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], known: Iterable[Tensor]
-) -> tuple[tuple[Tensor, ...], Program | None]:
+    function: Compute, inputs: Sequence[Tensor], known: Iterable[Tensor]
+) -> tuple[Program | None, Results]:
     """Calls ``function`` and writes down what it does.
 
     Args:
@@ -95,20 +103,34 @@ def capture(
         known: Tensors that it reads or changes besides, the same ones in every call.
 
     Returns:
-        Its results, and the program; None if it cannot be replayed: an operation looks at values,
+        The program, and the results. None if it cannot be replayed: an operation looks at values,
         reads a tensor that is neither known nor made in between, or the results are large.
     """
-    with _Recorder() as recorder:
-        results = function(*inputs)
+    collects = gc.isenabled()
+    gc.disable()  # a finalizer would be written down, too
+    try:
+        with _Recorder() as recorder:
+            results = function(*inputs)
+    finally:
+        if collects:
+            gc.enable()
     if recorder.refused:
-        return results, None
-    writer = _Writer(inputs, known)
+        return None, results
+    writer = Writer(inputs, known)
     try:
         for call in recorder.calls:
             writer.add(*call)
-        return results, Program(writer.function(results))
-    except _UnknownTensorError:
-        return results, None
+        return writer.program(results), results
+    except UnknownTensorError:
+        return None, results
+
+
+def _are_equal(ours: Results, theirs: Results) -> bool:
+    """Whether all bits are the same; NaN is no bit that could be compared."""
+    return len(ours) == len(theirs) and all(
+        a is b if a is None or b is None else torch.equal(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 _Call = tuple["OpOverload[..., Any]", tuple[Any, ...], Mapping[str, Any], Any, bool]
@@ -126,7 +148,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.refused:
-            self._bytes += sum(tensor.nbytes for tensor in _tensors(result))
+            self._bytes += sum(tensor.nbytes for tensor in tensors_in(result))
             self.calls.append((func, args, kwargs or {}, result, torch.is_grad_enabled()))
             if self._bytes > MOST_BYTES or not _is_repeatable(func):
                 self.refused = True
@@ -138,135 +160,3 @@ def _is_repeatable(func: OpOverload[..., Any]) -> bool:
     """Whether an operation gives tensors of the same shapes for inputs of the same shapes."""
     tensors = all("Tensor" in str(value.type) for value in func._schema.returns)
     return func.namespace == "aten" and tensors and _DATA_DEPENDENT.isdisjoint(func.tags)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a value, in lists and tuples, too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-class _UnknownTensorError(Exception):
-    """An operation reads what is neither known nor a result: it may be another one next time."""
-
-
-class _Line:
-    """One call in the source of a program."""
-
-    def __init__(self, func: OpOverload[..., Any], name: str, grad: bool) -> None:
-        self.name = name
-        self.grad = grad
-        self.arguments: list[str] = []
-        self.reads: set[str] = set()
-        self.targets: list[str] = []
-        # what changes a tensor or draws a random number is done though nobody reads its result
-        self.needed = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
-
-
-class _Writer:
-    """Writes the source of a program: a call for each operation, a variable for each result."""
-
-    def __init__(self, inputs: Sequence[Tensor], known: Iterable[Tensor]) -> None:
-        self._inputs = [f"x{place}" for place in range(len(inputs))]
-        self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True)}
-        self._bound: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled}
-        self._lines: list[_Line] = []
-        self._variables = 0
-        self._transposed: dict[str, str] = {}
-        self._held: list[Any] = []  # a name belongs to an id while its tensor is alive
-        for tensor in known:
-            self._names.setdefault(id(tensor), self._bind(tensor))
-
-    def add(
-        self,
-        func: OpOverload[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        result: Any,
-        grad: bool,
-    ) -> None:
-        """Adds an operation that gave ``result``, with gradients enabled or not."""
-        self._held.append((args, kwargs, result))
-        line = _Line(func, "", grad)
-        line.arguments = [
-            *(self._expression(value, line) for value in args),
-            *(f"{key}={self._expression(value, line)}" for key, value in kwargs.items()),
-        ]
-        if (same := self._same(func, line)) is not None:
-            self._names[id(result)] = same
-            return
-        line.name = self._bind(_callable(func))
-        results = result if isinstance(result, list | tuple) else [result]
-        line.targets = [self._variable(tensor) for tensor in results]
-        if func is _aten.t.default:
-            self._transposed[line.targets[0]] = line.arguments[0]
-        if isinstance(result, list | tuple):
-            line.targets[-1] += ","  # unpacked, also if it is one
-        self._lines.append(line)
-
-    def function(self, results: Sequence[Tensor]) -> _Replay:
-        """Makes the function that returns ``results``."""
-        last = _Line(_aten.detach.default, "", grad=False)
-        returned = "".join(f"{self._expression(tensor, last)}, " for tensor in results)
-        body = [f"return ({returned})", *self._backwards(set(last.reads))]
-        source = f"def replay({', '.join(self._inputs)}):\n    " + "\n    ".join(reversed(body))
-        exec(compile(source, "<captured by fedproc>", "exec"), self._bound)
-        replay: _Replay = self._bound["replay"]
-        return replay
-
-    def _backwards(self, live: set[str]) -> Iterator[str]:
-        """Yields the lines from the last to the first; a variable goes when it was read last."""
-        mode: bool | None = None
-        for line in reversed(self._lines):
-            targets = {target.rstrip(",") for target in line.targets}
-            if not (line.needed or targets & live):
-                continue
-            if mode is not None and mode != line.grad:
-                yield f"set_grad({mode})"
-            mode = line.grad
-            over = sorted((line.reads | targets) - live)
-            if over:
-                yield f"del {', '.join(over)}"
-            yield f"{', '.join(line.targets)} = {line.name}({', '.join(line.arguments)})"
-            live = (live - targets) | line.reads
-        yield f"set_grad({mode})"
-
-    def _same(self, func: OpOverload[..., Any], line: _Line) -> str | None:
-        """Names the tensor that an operation gives back: without autograd some do nothing."""
-        if func is _aten.detach.default:
-            return line.arguments[0]
-        if func is _aten.t.default:
-            return self._transposed.get(line.arguments[0])
-        return None
-
-    def _expression(self, value: Any, line: _Line) -> str:
-        if isinstance(value, Tensor):
-            name = self._names.get(id(value))
-            if name is None:
-                raise _UnknownTensorError
-            if name.startswith("v"):
-                line.reads.add(name)
-            return name
-        if isinstance(value, list | tuple) and any(True for _ in _tensors(value)):
-            return f"[{', '.join(self._expression(part, line) for part in value)}]"
-        return self._bind(value)
-
-    def _bind(self, value: Any) -> str:
-        name = f"b{len(self._bound)}"
-        self._bound[name] = value
-        return name
-
-    def _variable(self, tensor: Any) -> str:
-        self._variables += 1
-        name = f"v{self._variables}"
-        if isinstance(tensor, Tensor):
-            self._names[id(tensor)] = name
-        return name
-
-
-def _callable(func: OpOverload[..., Any]) -> Callable[..., Any]:
-    """Finds what calls an operation in the least time."""
-    return _BINDINGS.get(func, func._op)

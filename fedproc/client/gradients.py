@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fedproc.client.capture import Programs
-from fedproc.client.repeatable import Repeatable
+from fedproc.client.program import Results
+from fedproc.client.repeatable import Repeatable, is_watched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,7 +35,7 @@ class Gradients:
         self.parameters = self._repeatable.parameters
         # the gradient of the loss by itself; autograd would make one in every step
         self._one = torch.ones((), dtype=self.parameters[0].dtype)
-        self._programs = Programs(self._by_autograd, [*self._repeatable.known, self._one])
+        self._programs = Programs([*self._repeatable.known, self._one])
         self._is_replaying = False
 
     def begin(self) -> None:
@@ -55,41 +57,47 @@ class Gradients:
             ValueError: The loss is not one number.
             FloatingPointError: The loss is NaN or infinite.
         """
-        if self._is_replaying and self._are_clear():
-            loss, *gradients = self._programs(x, y)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
-            return _value(loss, step)
-        loss = self._loss(self._model(x), y)
-        _require_one_number(loss)
-        value = _value(loss, step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return value
+        ordinary = partial(self._by_backward, step)
+        if not (self._is_replaying and self._are_clear()):
+            return _value(ordinary(x, y)[0], step)
+        loss, *gradients = self._programs(self._by_autograd, ordinary, (x, y))
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return _value(loss, step)
 
     def _are_clear(self) -> bool:
-        """Whether no gradient is left to which ``backward`` would add."""
-        for parameter in self.parameters:  # noqa: SIM110 - a third of the time of all()
-            if parameter.grad is not None:
+        """Whether ``backward`` would do nothing but make a gradient of each parameter."""
+        for p in self.parameters:
+            if p.grad is not None or not p.requires_grad or is_watched(p):
                 return False
-        return True
+        return torch.is_grad_enabled()
 
-    def _by_autograd(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Computes what ``backward`` would; each gradient is of its parameter alone."""
+    def _by_backward(self, step: int, x: Tensor, y: Tensor) -> Results:
         loss = self._loss(self._model(x), y)
         _require_one_number(loss)
+        _value(loss, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss, *(parameter.grad for parameter in self.parameters)
+
+    def _by_autograd(self, x: Tensor, y: Tensor) -> Results:
+        """Computes what ``backward`` would; each gradient is of its parameter alone."""
+        loss = self._loss(self._model(x), y)
         one = self._one if loss.shape == () and loss.dtype == self._one.dtype else None
-        found = torch.autograd.grad(loss, self.parameters, one)
+        found = torch.autograd.grad(loss, self.parameters, one, allow_unused=True)
         taken = {_memory(tensor) for tensor in (*self._repeatable.known, x, y, loss)}
         return loss, *_owned(self.parameters, found, taken)
 
 
 def _owned(
-    parameters: Sequence[Tensor], gradients: Iterable[Tensor], taken: set[int]
-) -> list[Tensor]:
+    parameters: Sequence[Tensor], gradients: Iterable[Tensor | None], taken: set[int]
+) -> list[Tensor | None]:
     """Copies gradients where ``backward`` would: what others see, or lies otherwise in memory."""
-    owned = []
+    owned: list[Tensor | None] = []
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:  # the loss does not depend on it
+                owned.append(None)
+                continue
             mine = gradient
             if _memory(gradient) in taken or gradient.stride() != parameter.stride():
                 mine = torch.empty_like(parameter).copy_(gradient)
@@ -110,7 +118,8 @@ def _require_one_number(loss: Tensor) -> None:
         )
 
 
-def _value(loss: Tensor, step: int) -> float:
+def _value(loss: Tensor | None, step: int) -> float:
+    assert loss is not None
     value: float = loss.item()
     if not math.isfinite(value):
         raise non_finite_loss(value, step)

@@ -8,7 +8,7 @@ and losses are taken, of which it is known, and users' whose code cannot do such
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -63,7 +63,6 @@ class Repeatable:
         return self._reads is not None and not (
             modules._has_any_global_hook()  # type: ignore[no-untyped-call]
             or any(_is_changed(part) for part in self._parts)
-            or any(_is_different(parameter) for parameter in self.parameters)
             or not all(map(_is_same, self._reads))
             or torch.is_anomaly_enabled()
             or torch.is_autocast_enabled("cpu")
@@ -71,17 +70,21 @@ class Repeatable:
             or torch._C._len_torch_function_stack()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._autograd._profiler_enabled()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         )
 
 
 def _reads(model: nn.Module, loss: Callable[..., Tensor]) -> list[Read] | None:
     """Lists what the code of model and loss reads; None if they cannot be captured."""
     parts = list(model.modules())
-    if not all(tensor.is_cpu for part in (*parts, loss) for tensor in _tensors_of(part)):
+    tensors = [tensor for part in (*parts, loss) for tensor in _tensors_of(part)]
+    trained = {id(parameter) for parameter in model.parameters()}
+    if not all(t.is_cpu and (id(t) in trained or not t.requires_grad) for t in tensors):
         return None
     try:
         found = _reads_of_loss(loss)
         found += [_forward(kind) for kind in {type(part) for part in parts} & _MODULES]
+        found.append(_torchs(vars(nn.Module), "__call__"))
         for part in parts:
             if type(part) not in _MODULES | _CONTAINERS:
                 found += reads_of_module(part)
@@ -93,19 +96,29 @@ def _reads(model: nn.Module, loss: Callable[..., Tensor]) -> list[Read] | None:
 
 
 def _reads_of_loss(loss: Callable[..., Tensor]) -> list[Read]:
-    if isinstance(loss, nn.Module):
-        if type(loss) not in _LOSSES:
-            raise ImpureError(f"{type(loss).__name__} is no loss of torch")
-        return [_forward(type(loss))]
     if any(loss is function for function in _LOSS_FUNCTIONS):
         return []
-    return reads_of_function(loss)
+    if not isinstance(loss, nn.Module):
+        return reads_of_function(loss)
+    if type(loss) not in _LOSSES or _is_special(loss):
+        raise ImpureError(f"{type(loss).__name__} is no loss of torch, or a special one")
+    # the user's factory of optimizers may have it, too, and change it from client to client
+    state = [Read(home, n, v) for home in (vars(loss), loss._buffers) for n, v in home.items()]
+    return [_forward(type(loss)), *state]
 
 
 def _forward(kind: type[nn.Module]) -> Read:
-    """What a class of torch computes; somebody may replace it."""
+    """What a class of torch computes."""
     home = next(vars(base) for base in kind.__mro__ if "forward" in vars(base))
-    return Read(home, "forward", home["forward"])
+    return _torchs(home, "forward")
+
+
+def _torchs(home: Mapping[str, Any], name: str) -> Read:
+    """A method of torch's; somebody may have replaced it, or may do so later."""
+    method = home[name]
+    if not method.__globals__["__name__"].startswith("torch.nn.modules."):
+        raise ImpureError(f"{name} was replaced")
+    return Read(home, name, method)
 
 
 def _tensors_of(part: object) -> list[Tensor]:
@@ -115,8 +128,17 @@ def _tensors_of(part: object) -> list[Tensor]:
 
 
 def _is_special(part: nn.Module) -> bool:
-    """Whether an embedding has sparse gradients, or writes to its parameter in the forward pass."""
-    return bool(getattr(part, "sparse", False) or getattr(part, "max_norm", None))
+    """Whether a module of torch does something that cannot be captured, or was patched.
+
+    Embeddings may have sparse gradients, or write to their parameter in the forward pass. Smoothing
+    with class weights sums them in another order while operations are written down.
+    """
+    own = vars(part)
+    if own.get("sparse") or own.get("max_norm"):
+        return True
+    if own.get("label_smoothing") and getattr(part, "weight", None) is not None:
+        return True
+    return any(callable(getattr(type(part), name, None)) for name in own)
 
 
 def _is_changed(part: nn.Module) -> bool:
@@ -132,9 +154,9 @@ def _is_changed(part: nn.Module) -> bool:
     )
 
 
-def _is_different(parameter: Tensor) -> bool:
-    hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    return bool(hooked or not parameter.requires_grad)
+def is_watched(parameter: Tensor) -> bool:
+    """Whether somebody wants to see the gradients of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _is_same(read: Read) -> bool:

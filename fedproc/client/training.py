@@ -132,7 +132,8 @@ def run_local_epochs(
         FloatingPointError: The loss is NaN or infinite.
     """
     backward = gradients or Gradients(model, local.loss)
-    optimizer = local.optimizer(list(backward.parameters))
+    parameters = [p for p in backward.parameters if p.requires_grad]
+    optimizer = local.optimizer(list(parameters))
     progress = Progress(optimizer=optimizer)
     step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
     backward.begin()
@@ -140,7 +141,7 @@ def run_local_epochs(
         zero_grad()
         progress.loss_sum += backward(x, y, progress.steps) * x.shape[0]
         if local.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(backward.parameters, local.clip_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
         if correct is not None:
             correct()
         step()

@@ -117,7 +117,7 @@ class Stacks:
         self._parameters = [p for p in resident.model.parameters() if p.requires_grad]
         self._row_losses = row_losses(local.loss)
         self._repeatable = Repeatable(resident.model, local.loss)
-        self._programs = Programs(self._by_autograd, self._repeatable.known)
+        self._programs = Programs(self._repeatable.known)
         self._mean: bool | None = None
         self._looked_at: Tensor | None = None
 
@@ -165,11 +165,11 @@ class Stacks:
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, self._anchor(), shared, known)
         losses = torch.zeros(orders.counts.shape, dtype=torch.float64)
-        compute = self._programs if self._repeatable.holds() else self._by_autograd
+        replays = self._repeatable.holds()
         for number, step in enumerate(orders.walk(values, mean=mean)):
             training = values[: step.clients]
-            x, y = shards.take(step.index, step.clients)
-            gradients, losses[number, : step.clients] = compute(training, x, y, step.weights)
+            inputs = training, *shards.take(step.index, step.clients), step.weights
+            gradients, losses[number, : step.clients] = self._gradients(inputs, replays=replays)
             if correction is not None:
                 correction.apply(gradients, training)
             optimizer.step(gradients)
@@ -182,10 +182,15 @@ class Stacks:
         """Returns the global parameters: (parameters,)."""
         return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
 
+    def _gradients(self, inputs: tuple[Tensor, ...], *, replays: bool) -> tuple[Tensor, Tensor]:
+        """Returns the gradient (clients, parameters) and loss (clients,) of every client."""
+        if replays:
+            return self._programs(self._by_autograd, self._by_autograd, inputs)  # type: ignore[return-value]
+        return self._by_autograd(*inputs)
+
     def _by_autograd(
         self, values: Tensor, x: Tensor, y: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradient (clients, parameters) and loss (clients,) of every client."""
         leaf = values.detach().requires_grad_()
         losses = self._losses(leaf, x, y, weights)
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)

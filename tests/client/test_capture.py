@@ -1,19 +1,21 @@
 """A program does what the captured function did; what cannot be repeated is not captured."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedproc.client.capture import MOST_BYTES, Program, capture
+from fedproc.client.capture import MOST_BYTES, Programs, capture
 from fedproc.client.gradients import _owned
+from fedproc.client.program import Program
 
 KNOWN = torch.arange(6.0).reshape(2, 3)
 
 
 def captured(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Program:
-    results, program = capture(function, inputs, [KNOWN])
+    program, results = capture(function, inputs, [KNOWN])
     assert program is not None
     assert all(map(torch.equal, results, function(*inputs)))
     return program
@@ -54,7 +56,7 @@ def test_other_values_of_the_same_shape_get_the_same_operations(
     program = captured(function, torch.randn(5, 4))
     other = torch.randn(5, 4)
 
-    results = program(other)
+    results = program([other])
 
     expected = function(other)
     assert len(results) == len(expected)
@@ -72,14 +74,14 @@ def test_a_known_tensor_is_read_anew_and_may_be_changed() -> None:
         counted.add_(1)
         return (x + counted,)
 
-    _, counting = capture(count, [torch.zeros(())], [counted])
+    counting, _ = capture(count, [torch.zeros(())], [counted])
     assert counting is not None
     KNOWN.add_(10)
     try:
-        assert program(torch.zeros(2, 3))[0].tolist() == [[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]]
+        assert program([torch.zeros(2, 3)])[0].tolist() == [[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]]
     finally:
         KNOWN.sub_(10)
-    assert [counting(torch.zeros(()))[0].item() for _ in range(2)] == [2.0, 3.0]
+    assert [counting([torch.zeros(())])[0].item() for _ in range(2)] == [2.0, 3.0]
 
 
 def test_a_random_number_is_drawn_though_nobody_uses_it() -> None:
@@ -87,10 +89,10 @@ def test_a_random_number_is_drawn_though_nobody_uses_it() -> None:
         torch.rand(3)
         return (torch.rand_like(x),)
 
-    _, program = capture(draw, [torch.zeros(2)], [])
+    program, _ = capture(draw, [torch.zeros(2)], [])
     assert program is not None
     torch.manual_seed(5)
-    ours = program(torch.zeros(2))[0]
+    ours = program([torch.zeros(2)])[0]
     torch.manual_seed(5)
 
     assert torch.equal(ours, draw(torch.zeros(2))[0])
@@ -104,7 +106,7 @@ def test_an_error_leaves_autograd_as_it_was() -> None:
     program = captured(pick, torch.tensor([0, 5]))
 
     with pytest.raises(IndexError) as caught:
-        program(torch.tensor([0, 6]))
+        program([torch.tensor([0, 6])])
     assert torch.is_grad_enabled()
     assert (torch.ones(2, requires_grad=True) * 2).requires_grad
     assert caught.tb  # while its frames are alive
@@ -135,7 +137,7 @@ REFUSED: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
 def test_what_cannot_be_repeated_is_not_captured(name: str) -> None:
     x = torch.ones(2, 3)
 
-    results, program = capture(REFUSED[name], [x], [])
+    program, results = capture(REFUSED[name], [x], [])
 
     assert program is None
     assert all(map(torch.equal, results, REFUSED[name](x)))
@@ -154,3 +156,64 @@ def test_gradients_are_nobody_elses_and_lie_like_their_parameters() -> None:
     assert len({tensor.data_ptr() for tensor in (*both, *turned, *shown)}) == 4
     assert turned[0].stride() == second.stride()
     assert all(torch.equal(tensor, gradient) for tensor in (*both, *turned, *shown))
+
+
+class Cycle:
+    """Draws a random number when the collector ends it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        torch.rand(1)
+
+
+def test_what_a_finalizer_does_meanwhile_is_no_part_of_it() -> None:
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        Cycle()
+        for _ in range(50):
+            x = x + [0, [[]]][0]  # makes what the collector counts
+        return (x,)
+
+    old = gc.get_threshold()
+    gc.set_threshold(3)
+    try:
+        program, _ = capture(compute, [torch.zeros(2)], [])
+    finally:
+        gc.set_threshold(*old)
+
+    assert gc.isenabled()
+    assert program is not None
+    assert program.source.count("(") == 50 + 3  # and of the definition, the mode, and the return
+
+
+def test_a_program_whose_first_results_differ_is_not_taken() -> None:
+    programs = Programs([])
+    x = torch.ones(3)
+
+    results = [
+        programs(lambda x: (x * 2,), lambda x, factor=factor: (x * factor,), [x])[0].tolist()
+        for factor in (1.0, 3.0, 4.0)
+    ]
+
+    assert results == [[1.0] * 3, [3.0] * 3, [4.0] * 3]
+    assert [programs(in_place, in_place, [torch.ones(2, 2)])[0].tolist() for _ in range(4)] == [
+        [[7.0, 7.0], [3.0, 3.0]]
+    ] * 4
+    assert [type(found) for found in programs._found.values()] == [str, Program]
+
+
+def test_trying_leaves_tensors_and_the_random_stream_as_they_were() -> None:
+    counted = torch.zeros(())
+    programs = Programs([counted])
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        counted.add_(1)
+        return (x.add_(1) + torch.rand(2),)
+
+    torch.manual_seed(3)
+    ours = [programs(compute, compute, [torch.zeros(2)])[0] for _ in range(4)]
+    assert counted.item() == 4
+    torch.manual_seed(3)
+
+    assert all(torch.equal(found, 1 + torch.rand(2)) for found in ours)

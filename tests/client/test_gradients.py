@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from fedproc.client.capture import MOST_SHAPES, Program
+from fedproc.client.capture import MOST_SHAPES
 from fedproc.client.gradients import Gradients
+from fedproc.client.program import Program
 from fedproc.client.repeatable import _LOSSES, _MODULES, Repeatable
 
 IMAGE = (3, 8, 8)
@@ -218,9 +219,10 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "cross_entropy": (F.cross_entropy, "class"),
     "CrossEntropyLoss": (nn.CrossEntropyLoss(), "class"),
     "weights": (
-        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 1.5]), label_smoothing=0.1),
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 1.5]), ignore_index=2),
         "class",
     ),
+    "smoothing": (nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=2), "class"),
     "sum": (nn.CrossEntropyLoss(reduction="sum", ignore_index=2), "class"),
     "probabilities": (nn.CrossEntropyLoss(), "unit"),
     "nll_loss": (F.nll_loss, "class"),
@@ -523,3 +525,134 @@ def test_only_so_many_shapes_are_captured() -> None:
         gradients(torch.randn(rows, 6), targets("class", rows), 0)
 
     assert programs(gradients) == len(gradients._programs._found) == MOST_SHAPES
+
+
+class Idle(nn.Module):
+    """A layer that nobody uses, as heads of other tasks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_a_parameter_that_is_not_used_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(5, 6), targets("class", 5)) for _ in range(4)]
+
+    assert programs(both_ways(Idle(), F.cross_entropy, batches)) == 1
+
+
+def test_smoothing_with_class_weights_takes_the_ordinary_way() -> None:
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss(torch.rand(4), label_smoothing=0.3, ignore_index=2)
+    batches = [(torch.randn(50, 6), targets("class", 50)) for _ in range(4)]
+
+    assert programs(both_ways(nn.Linear(6, 4), loss, batches)) == 0
+
+
+LOSS_CHANGES: dict[str, Callable[[nn.CrossEntropyLoss], object]] = {
+    "smoothing": lambda loss: setattr(loss, "label_smoothing", 0.5),
+    "weight": lambda loss: setattr(loss, "weight", torch.tensor([9.0, 1.0, 1.0, 1.0])),
+    "values": lambda loss: loss.weight.mul_(torch.tensor([9.0, 1.0, 1.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_CHANGES)
+def test_a_loss_that_is_changed_between_clients_counts(name: str) -> None:
+    torch.manual_seed(0)
+    model, loss = plain(), nn.CrossEntropyLoss(torch.ones(4))
+    x, y = torch.randn(5, 6), targets("class", 5)
+    both_ways(model, loss, [(x, y)] * 3)
+    gradients = Gradients(model, loss)
+    for step in range(3):
+        model.zero_grad()
+        gradients.begin()
+        gradients(x, y, step)
+    LOSS_CHANGES[name](loss)
+
+    model.zero_grad()
+    gradients.begin()
+
+    assert gradients(x, y, 3) == loss(model(x), y).item()
+
+
+def test_a_weight_of_the_loss_that_is_learned_gets_its_gradient() -> None:
+    model, loss = plain(), nn.CrossEntropyLoss()
+    loss.weight = nn.Parameter(torch.ones(4))
+    gradients = Gradients(model, loss)
+    for step in range(4):
+        model.zero_grad()
+        loss.weight.grad = None
+        gradients.begin()
+        gradients(torch.randn(5, 6), torch.rand(5, 4), step)
+        assert loss.weight.grad is not None
+
+
+def test_what_an_optimizer_does_between_the_steps_of_a_client_counts() -> None:
+    model = plain()
+    gradients, x, y = ready(model)
+    gradients.begin()
+    calls: list[Tensor] = []
+    handle = model[0].bias.register_hook(calls.append)
+    gradients(x, y, 3)
+    handle.remove()
+    model[0].weight.requires_grad_(False)
+    model.zero_grad()
+    gradients(x, y, 4)
+
+    assert len(calls) == 1
+    assert model[0].weight.grad is None
+    model.zero_grad()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        gradients(x, y, 5)
+
+
+def test_hooks_on_saved_tensors_are_called() -> None:
+    model = plain()
+    gradients, x, y = ready(model)
+    calls: list[Tensor] = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (calls.append(t), t)[1], lambda t: t):
+        gradients.begin()
+        gradients(x, y, 3)
+
+    assert calls
+
+
+def test_a_method_of_one_module_that_somebody_replaced() -> None:
+    conv = nn.Conv2d(1, 2, 3)
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight, bias) * 2
+
+    assert not Repeatable(nn.Sequential(conv), F.cross_entropy).holds()
+
+
+def test_a_class_of_torch_that_somebody_replaced_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x)
+
+    assert not Repeatable(plain(), F.cross_entropy).holds()
+
+
+def test_a_loss_that_is_not_finite_is_told_before_anything_else() -> None:
+    model = plain()
+    gradients = Gradients(model, F.cross_entropy)
+    x, y = torch.randn(5, 6), targets("class", 5)
+    for step in range(4):
+        model.zero_grad()
+        gradients.begin()
+        with pytest.raises(FloatingPointError, match=f"at step {step + 1}"):
+            gradients(x * float("inf"), y, step)
+
+
+def test_everything_goes_with_the_last_who_holds_it() -> None:
+    model = plain()
+    gradients, _, _ = ready(model)
+    seen = weakref.ref(model[0].weight)
+    gc.disable()
+    try:
+        del gradients, model
+        assert seen() is None
+    finally:
+        gc.enable()

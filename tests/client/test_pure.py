@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, flatten, nn
 from torch.nn.functional import relu
 
-from fedproc.client.capture import Program
 from fedproc.client.gradients import Gradients
+from fedproc.client.program import Program
 from fedproc.client.repeatable import Repeatable
 
 WIDTH = 5

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedproc.client.capture import Program
 from fedproc.client.layout import Layout
+from fedproc.client.program import Program
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.rules import ControlVariates, Proximal
 from fedproc.client.trainer import Trainer
