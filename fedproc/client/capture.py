@@ -126,7 +126,7 @@ def capture(
 
 
 def _are_equal(ours: Results, theirs: Results) -> bool:
-    """Whether all bits are the same; NaN is no bit that could be compared."""
+    """Whether all values are the same; where one is NaN, they are not."""
     return len(ours) == len(theirs) and all(
         a is b if a is None or b is None else torch.equal(a, b)
         for a, b in zip(ours, theirs, strict=True)

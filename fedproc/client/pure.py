@@ -27,8 +27,9 @@ _BUILTINS: Final = frozenset(
     "abs bool dict enumerate float int len list max min range reversed sorted str sum tuple zip "
     "ValueError TypeError AssertionError RuntimeError".split()
 )
-# By name, whoever has them: functions and methods of tensors that dispatch all they do, and look at
-# values in kernels only. Not those that make an argument of a value, as ctc_loss does of lengths.
+# By name, whoever has them: functions and methods of tensors that dispatch all they do and look at
+# values in kernels only. Not those that make an argument of a value, as ctc_loss does of lengths,
+# nor those that go another way while operations are written down, as attention does.
 _FUNCTIONS: Final = frozenset(
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
     "adaptive_max_pool2d alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear "
@@ -37,11 +38,11 @@ _FUNCTIONS: Final = frozenset(
     "dropout1d dropout2d dropout3d elu embedding fold gelu glu group_norm hardsigmoid hardswish "
     "hardtanh huber_loss interpolate kl_div l1_loss layer_norm leaky_relu linear log_softmax "
     "logsigmoid max_pool1d max_pool2d max_pool3d mish mse_loss nll_loss normalize pad "
-    "pixel_shuffle prelu relu relu6 scaled_dot_product_attention selu sigmoid silu smooth_l1_loss "
+    "pixel_shuffle prelu relu relu6 selu sigmoid silu smooth_l1_loss "
     "softmax softmin softplus softsign tanh threshold unfold "
     "abs add addmm amax amin arange baddbmm bernoulli bmm broadcast_to cat chunk clamp clip cos "
     "cumsum diff div einsum exp expm1 eye flatten flip full_like log log1p logsumexp matmul max "
-    "maximum mean min minimum mm movedim mul neg norm ones ones_like outer permute pow rand "
+    "maximum mean min minimum mm movedim mul neg ones ones_like outer permute pow rand "
     "rand_like randn randn_like reshape roll rsqrt sign sin split sqrt square squeeze stack std "
     "sub sum swapaxes transpose tril triu unbind unsqueeze var where zeros zeros_like".split()
 )

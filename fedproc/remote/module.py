@@ -1,5 +1,6 @@
 """ModulePointer: a module that lives in a worker. Runs in the parent."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from fedproc.remote.calls import compute, order, part
@@ -18,6 +19,30 @@ class ModulePointer(Pointer, kind="module"):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; a pointer to what it returns, at once."""
         return call(self, args, kwargs)
+
+    def __len__(self) -> int:
+        """How many parts an ``nn.Sequential`` or ``nn.ModuleList`` has."""
+        return int(compute("builtins.len", (self,), what="len"))
+
+    def __bool__(self) -> bool:
+        """True: there is a module, whether it has a length or not."""
+        return True
+
+    def __getitem__(self, place: int) -> "ModulePointer":
+        """A part of an ``nn.Sequential`` or ``nn.ModuleList``; it follows when the whole moves."""
+        if not isinstance(place, int):
+            raise TypeError(
+                f"a part of {self!r} is taken by its number, not by {place!r}; by its name it is "
+                "an attribute: getattr(pointer, name)"
+            )
+        count = len(self)
+        if not -count <= place < count:
+            raise IndexError(f"{self!r} has {count} parts, and no part {place}")
+        return part(ModulePointer, self, (place % count,))
+
+    def __iter__(self) -> Iterator["ModulePointer"]:
+        """Pointers to the parts of an ``nn.Sequential`` or ``nn.ModuleList``."""
+        return iter([part(ModulePointer, self, (place,)) for place in range(len(self))])
 
     def parameters(self, recurse: bool = True) -> list[TensorPointer]:
         """Pointers to the parameters, tied ones once; they follow when the module moves."""

@@ -268,3 +268,33 @@ def test_state_dict_has_extra_state(bob):
     other = bob.send(nn.Sequential(WithExtraState()))
     other.load_state_dict(state)
     assert other.get()[0].extra.tolist() == [14.0]
+
+
+def test_the_parts_of_a_sequential_are_taken_by_number(cluster, alice, bob):
+    x = torch.arange(6.0).reshape(3, 2)
+    local = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    model, remote = alice.send(local), alice.send(x)
+
+    first, last = model[0], model[-1]
+    out = remote
+    for part in model:
+        out = part(out)
+
+    assert (len(model), len(list(model)), bool(model)) == (3, 3, True)
+    assert torch.equal(out.get(), local(x))
+    assert torch.equal(last.weight.fetch(), local[2].weight)
+    model.move(bob)
+    assert torch.equal(first.weight.fetch(), local[0].weight)
+
+
+def test_a_module_has_only_the_parts_that_it_has(alice):
+    model, single = alice.send(nn.Sequential(nn.ReLU())), alice.send(nn.Linear(1, 1))
+
+    for place in (1, -2):
+        with pytest.raises(IndexError, match=f"has 1 parts, and no part {place}"):
+            model[place]
+    with pytest.raises(TypeError, match=r"taken by its number, not by 'a'.*getattr"):
+        model["a"]
+    with pytest.raises(TypeError, match="object of type 'Linear' has no len"):
+        len(single)
+    assert single  # like every module
