@@ -290,7 +290,10 @@ class Trainer:
         """
         self._resident.load(pieces)
         seed_streams(seed, self._device)
-        with torch_threads(self._work.threads):
+        with (
+            torch_threads(self._work.threads),
+            torch.enable_grad(),
+        ):  # whatever the parent's mode is
             try:
                 yield self._resident.model
             finally:

@@ -9,6 +9,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedproc.errors import QuorumError
 from fedproc.events import RoundFinished, RoundStarted, Sink
 from fedproc.federated import evaluation
@@ -73,6 +75,16 @@ class Course:
             QuorumError: Too few clients finished; the model is unchanged.
             PrivacyBudgetError: The round would cost too much; it was not begun.
         """
+        grad = torch.is_grad_enabled()
+        try:
+            return self._played(rows, sink, last, timeline)
+        finally:
+            # Ctrl-C at the end of a torch.no_grad() comes before that has put back what was
+            torch._C._set_grad_enabled(grad)
+
+    def _played(
+        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None
+    ) -> RoundRecord:
         started, traffic = time.perf_counter(), Traffic(self._crew.data.cluster)
         self.refresh()
         number = self.round + 1

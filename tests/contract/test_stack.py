@@ -216,8 +216,8 @@ def test_what_was_done_long_ago_is_no_stall(reports):
         while link.hub._stalls._since.get(link, (0, 0.0))[1] != float("inf"):
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        reporting = [t for t in threading.enumerate() if t.name == "fedproc-stall"]
-        for thread in reporting:
-            thread.join(20)
+        while any(thread.name == "fedproc-stall" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
         del link.hub.look
     assert not reports.records

@@ -449,3 +449,29 @@ def test_federate_names_one_client_per_worker(cluster):
     data = federate(blobs(30), cluster)
     assert data.clients == ("alice", "bob", "carol")
     assert [data.worker_of(client).name for client in data.clients] == ["alice", "bob", "carol"]
+
+
+# ---------------------------------------------------------------- modes of torch
+
+
+def test_clients_train_whatever_the_mode_of_the_caller_is(data):
+    plain, other = (Aggregator(linear(), data, LOCAL, seed=3) for _ in range(2))
+    plain.run(2)
+    with torch.no_grad():
+        other.run(2)
+        assert not torch.is_grad_enabled()
+    assert bits(plain.model) == bits(other.model)
+
+
+def test_ctrl_c_at_the_end_of_no_grad_leaves_gradients_enabled(data, monkeypatch):
+    class Torn(torch.no_grad):
+        def __exit__(self, *raised):
+            raise KeyboardInterrupt  # before it has put back what was
+
+    aggregator = Aggregator(linear(), data, LOCAL)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "no_grad", Torn)
+        with pytest.raises(KeyboardInterrupt):
+            aggregator.run(1)
+    assert torch.is_grad_enabled()
+    assert len(aggregator.run(1)) == 1
