@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from fedproc.client.pure import ImpureError, Read, reads_of_function, reads_of_module
+from fedproc.client.stepping import home_of
 
 _MODULES: Final = frozenset[type]({
     nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Embedding,
@@ -51,12 +52,16 @@ class Repeatable:
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
         """Looks at what they are made of."""
-        self._reads = _reads(model, loss)
-        self._parts = list(model.modules())
-        if isinstance(loss, nn.Module):
-            self._parts.extend(loss.modules())
-        self.known = [t for part in self._parts for t in _tensors_of(part)]
+        self._parts = [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+        self.known = [
+            tensor
+            for part in self._parts
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        ]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = set(map(id, self.parameters))
+        can_be = all(t.is_cpu and (id(t) in trained or not t.requires_grad) for t in self.known)
+        self._reads = _reads(model, loss) if can_be else None
 
     def holds(self) -> bool:
         """Whether nobody would notice now that modules, functions and graph are left out."""
@@ -77,10 +82,6 @@ class Repeatable:
 def _reads(model: nn.Module, loss: Callable[..., Tensor]) -> list[Read] | None:
     """Lists what the code of model and loss reads; None if they cannot be captured."""
     parts = list(model.modules())
-    tensors = [tensor for part in (*parts, loss) for tensor in _tensors_of(part)]
-    trained = {id(parameter) for parameter in model.parameters()}
-    if not all(t.is_cpu and (id(t) in trained or not t.requires_grad) for t in tensors):
-        return None
     try:
         found = _reads_of_loss(loss)
         found += [_forward(kind) for kind in {type(part) for part in parts} & _MODULES]
@@ -116,15 +117,9 @@ def _forward(kind: type[nn.Module]) -> Read:
 def _torchs(home: Mapping[str, Any], name: str) -> Read:
     """A method of torch's; somebody may have replaced it, or may do so later."""
     method = home[name]
-    if not method.__globals__["__name__"].startswith("torch.nn.modules."):
+    if not home_of(method).startswith("torch.nn.modules."):
         raise ImpureError(f"{name} was replaced")
     return Read(home, name, method)
-
-
-def _tensors_of(part: object) -> list[Tensor]:
-    if not isinstance(part, nn.Module):
-        return []
-    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _is_special(part: nn.Module) -> bool:

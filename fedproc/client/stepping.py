@@ -84,13 +84,13 @@ def _forget(parameter: Tensor) -> None:
 def _unwrapped(step: Callable[..., Any]) -> Callable[[Optimizer], Any] | None:
     """Returns the step as it was written in torch; None if it, or a wrapper, is not torch's."""
     while (inner := getattr(step, "__wrapped__", None)) is not None:
-        if _home(step) != "torch.optim.optimizer":
+        if home_of(step) != "torch.optim.optimizer":
             return None
         step = inner
-    return step if _home(step).startswith("torch.optim.") else None
+    return step if home_of(step).startswith("torch.optim.") else None
 
 
-def _home(function: Callable[..., Any]) -> str:
+def home_of(function: Callable[..., Any]) -> str:
     """Returns the module whose code it is; ``__module__`` is copied by wrappers, this is not."""
     return str(getattr(function, "__globals__", {}).get("__name__"))
 

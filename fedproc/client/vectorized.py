@@ -113,10 +113,10 @@ class Stacks:
         self._resident = resident
         self._local = local
         self._rule = rule
-        # as local epochs give them to the optimizer; of one dtype, this is the order of a block
-        self._parameters = [p for p in resident.model.parameters() if p.requires_grad]
-        self._row_losses = row_losses(local.loss)
         self._repeatable = Repeatable(resident.model, local.loss)
+        # as local epochs give them to the optimizer; of one dtype, this is the order of a block
+        self._parameters = self._repeatable.parameters
+        self._row_losses = row_losses(local.loss)
         self._programs = Programs(self._repeatable.known)
         self._mean: bool | None = None
         self._looked_at: Tensor | None = None

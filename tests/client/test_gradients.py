@@ -1,6 +1,6 @@
 """What is replayed has the bits of autograd; what may differ from step to step is not replayed."""
 
-import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch.nn.modules import module as modules
 
 from fedproc.client.capture import MOST_SHAPES
 from fedproc.client.gradients import Gradients
-from fedproc.client.program import Program
 from fedproc.client.repeatable import _LOSSES, _MODULES, Repeatable
+from tests.client.descent import both_ways, programs
 
 IMAGE = (3, 8, 8)
 VOLUME = (2, 4, 4, 4)
@@ -253,44 +253,6 @@ def inputs(model: nn.Module, rows: int, shape: tuple[int, ...]) -> Tensor:
     if any(isinstance(part, nn.Embedding) for part in model.modules()):
         return torch.randint(9, (rows, *shape))
     return torch.randn(rows, *shape, dtype=next(model.parameters()).dtype)
-
-
-def both_ways(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    batches: list[tuple[Tensor, Tensor]],
-) -> Gradients:
-    """Descends twice from the same model and streams, and compares all bits after every step."""
-    other = copy.deepcopy(model)
-    found = Gradients(model, loss)
-    for step, (x, y) in enumerate(batches):
-        stream = torch.get_rng_state()
-        model.zero_grad()
-        found.begin()
-        value = found(x.clone(), y.clone(), step)
-        after = torch.get_rng_state()
-        torch.set_rng_state(stream)
-        other.zero_grad()
-        expected = loss(other(x.clone()), y.clone())
-        expected.backward()
-        assert value == expected.item()
-        assert torch.equal(after, torch.get_rng_state())
-        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            assert (ours.grad is None) == (theirs.grad is None)
-            if theirs.grad is not None:
-                assert torch.equal(ours.grad, theirs.grad)
-                assert ours.grad.stride() == theirs.grad.stride()
-                assert not ours.grad.requires_grad
-                with torch.no_grad():
-                    ours.sub_(ours.grad, alpha=0.05)
-                    theirs.sub_(theirs.grad, alpha=0.05)
-        for ours, theirs in zip(model.buffers(), other.buffers(), strict=True):
-            assert torch.equal(ours, theirs)
-    return found
-
-
-def programs(gradients: Gradients) -> int:
-    return sum(isinstance(program, Program) for program in gradients._programs._found.values())
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -629,8 +591,11 @@ def test_a_method_of_one_module_that_somebody_replaced() -> None:
     assert not Repeatable(nn.Sequential(conv), F.cross_entropy).holds()
 
 
-def test_a_class_of_torch_that_somebody_replaced_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x)
+@pytest.mark.parametrize("forward", [lambda self, x: x, functools.partialmethod(lambda _, x: x)])
+def test_a_class_of_torch_that_somebody_replaced_before(
+    monkeypatch: pytest.MonkeyPatch, forward: object
+) -> None:
+    monkeypatch.setattr(nn.ReLU, "forward", forward)
 
     assert not Repeatable(plain(), F.cross_entropy).holds()
 

@@ -1,6 +1,5 @@
 """Users' modules and losses whose code can only compute are replayed; all others are not."""
 
-import copy
 import math
 import random
 from collections.abc import Callable
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, flatten, nn
 from torch.nn.functional import relu
 
-from fedproc.client.gradients import Gradients
-from fedproc.client.program import Program
 from fedproc.client.repeatable import Repeatable
+from tests.client.descent import both_ways, programs
 
 WIDTH = 5
 COUNTS: list[int] = []
@@ -58,37 +56,6 @@ def mixed(outputs: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(outputs, y) + 1e-3 * outputs.pow(2).mean()
 
 
-def descend(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    batches: list[tuple[Tensor, Tensor]],
-) -> Gradients:
-    """Descends by replaying and by ``backward``, and compares the bits of every step."""
-    other, found = copy.deepcopy(model), Gradients(model, loss)
-    for step, (x, y) in enumerate(batches):
-        stream = torch.get_rng_state()
-        model.zero_grad()
-        found.begin()
-        value = found(x, y, step)
-        torch.set_rng_state(stream)
-        other.zero_grad()
-        expected = loss(other(x), y)
-        expected.backward()
-        assert value == expected.item()
-        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(ours.grad, theirs.grad)
-            with torch.no_grad():
-                ours.sub_(ours.grad, alpha=0.1)
-                theirs.sub_(theirs.grad, alpha=0.1)
-        for ours, theirs in zip(model.buffers(), other.buffers(), strict=True):
-            assert torch.equal(ours, theirs)
-    return found
-
-
-def programs(found: Gradients) -> int:
-    return sum(isinstance(program, Program) for program in found._programs._found.values())
-
-
 @pytest.mark.parametrize("loss", [mixed, lambda outputs, y: F.nll_loss(outputs.log_softmax(1), y)])
 def test_the_net_of_every_tutorial_is_replayed_with_the_bits_of_backward(
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -96,14 +63,14 @@ def test_the_net_of_every_tutorial_is_replayed_with_the_bits_of_backward(
     torch.manual_seed(0)
     batches = [(torch.randn(n, 1, 8, 8), torch.randint(4, (n,))) for n in (6, 6, 4, 6, 4, 4, 6)]
 
-    assert programs(descend(Net(), loss, batches)) == 2
+    assert programs(both_ways(Net(), loss, batches)) == 2
 
 
 def test_a_weight_that_is_used_twice_and_a_buffer_that_counts() -> None:
     torch.manual_seed(0)
     batches = [(torch.randint(9, (6, 3)), torch.randint(9, (6,))) for _ in range(5)]
 
-    assert programs(descend(Tied(), F.cross_entropy, batches)) == 1
+    assert programs(both_ways(Tied(), F.cross_entropy, batches)) == 1
 
 
 def module(forward: Callable[..., Tensor], **attributes: object) -> nn.Module:
@@ -229,7 +196,7 @@ def test_a_branch_on_values_is_taken_anew_each_time() -> None:
     torch.manual_seed(0)
     x, y = torch.rand(5, 6), torch.randint(4, (5,))
 
-    found = descend(module(forward), F.cross_entropy, [(x, y), (x, y), (-x, y), (x, y), (-x, y)])
+    found = both_ways(module(forward), F.cross_entropy, [(x, y), (x, y), (-x, y), (x, y), (-x, y)])
 
     assert programs(found) == 0
 
