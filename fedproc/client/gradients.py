@@ -38,9 +38,10 @@ class Gradients:
         self._programs = Programs([*self._repeatable.known, self._one])
         self._is_replaying = False
 
-    def begin(self) -> None:
-        """Looks whether somebody has hooked into the model since the last client."""
+    def begin(self) -> bool:
+        """Looks whether somebody has hooked into the model; if not, batches are replayed."""
         self._is_replaying = self._repeatable.holds()
+        return self._is_replaying
 
     def __call__(self, x: Tensor, y: Tensor, step: int) -> float:
         """Computes the gradients at a batch, as ``backward`` leaves them in the parameters.

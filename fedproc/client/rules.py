@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
@@ -136,6 +136,10 @@ class _Drift:
         distance = progress.steps * plain_sgd_rate(progress.optimizer)
         moved = (self.anchor - _flat(self.parameters)) / distance
         return {"c_i": (moved - self.shift).to("cpu", _state_dtype(self.parameters))}
+
+
+RULES: Final = (Proximal, ControlVariates)
+"""The rules that are written here; a strategy of a user's may bring its own."""
 
 
 def plain_sgd_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -15,7 +15,6 @@ import numpy as np
 
 import fedproc
 from fedproc.client.secure import PublicKeys, Released, SecureClient, Setup
-from fedproc.client.seeding import preserved_streams
 from fedproc.client.summed import SummedVector
 from fedproc.client.trail import IDLE
 from fedproc.client.trainer import Trainer
@@ -88,7 +87,7 @@ class SecureTrainer(Trainer):
             self._footprint.step(task.place)
             layout = self._resident.layout
             pieces, space = layout.pieces(block), layout.new_block()
-            with preserved_streams(self._device):
+            with self._training():
                 update = self._train(pieces, task, ({}, shared or {}), layout.slot(space))
             update.block = space
             # what was clipped is a change already

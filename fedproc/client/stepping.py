@@ -31,12 +31,12 @@ _SGD_STEP: Final = inspect.unwrap(torch.optim.SGD.step)
 def step_of(optimizer: Optimizer) -> Step:
     """Returns what takes a step: the optimizer's own ``step``, or what torch wraps in it."""
     raw = _unwrapped(type(optimizer).step)
-    if raw is None or _is_watched(optimizer):
+    if raw is None or is_observed(optimizer):
         return optimizer.step
     plain = raw is _SGD_STEP and type(optimizer) is torch.optim.SGD
 
     def step() -> None:
-        if _is_watched(optimizer):  # a hook that was added since, by a loss or by a module
+        if is_observed(optimizer):  # a hook that was added since, by a loss or by a module
             optimizer.step()
             return
         with torch.no_grad():
@@ -95,13 +95,21 @@ def home_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
-def _is_watched(optimizer: Optimizer) -> bool:
+def is_observed(optimizer: Optimizer) -> bool:
+    """Whether somebody has a part in the steps of an optimizer, or wants to see them."""
     return bool(
         "step" in vars(optimizer)
         or optimizer.defaults.get("differentiable")
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
-        or optimizers._global_optimizer_pre_hooks
+        or all_are_observed()
+    )
+
+
+def all_are_observed() -> bool:
+    """Whether somebody wants to see the steps of all optimizers."""
+    return bool(
+        optimizers._global_optimizer_pre_hooks
         or optimizers._global_optimizer_post_hooks
         or torch._C._autograd._profiler_enabled()
     )

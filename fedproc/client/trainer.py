@@ -1,32 +1,22 @@
 """The trainer: what lives in a worker between rounds and trains one client after the other.
 
-Runs in worker processes, one object per worker and aggregator: one resident model, the rows of
-all clients of the worker in blocks, the local training. May assume one command at a time.
+Runs in worker processes, one object per worker and aggregator. May assume one command at a time.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedproc.client.clipping import clip_update
 from fedproc.client.custom import run_function
-from fedproc.client.devices import placed_loss
-from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
-from fedproc.client.gradients import Gradients, Loss
+from fedproc.client.descent import Descent
+from fedproc.client.evaluator import Evaluator
 from fedproc.client.leaving import may_leave
-from fedproc.client.resident import Resident
 from fedproc.client.rules import step_norm
-from fedproc.client.seeding import (
-    derive_seed,
-    generator_for,
-    preserved_streams,
-    seed_streams,
-    torch_threads,
-)
+from fedproc.client.seeding import derive_seed, generator_for, preserved_streams
 from fedproc.client.stack_trainer import StackTrainer
 from fedproc.client.trail import IDLE, Footprint
 from fedproc.client.training import (
@@ -39,7 +29,8 @@ from fedproc.client.update import NO_BLOCK, Task, Update, Updates, unpack_tasks
 from fedproc.client.work import Span, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -48,8 +39,8 @@ if TYPE_CHECKING:
     _Known = tuple[dict[str, Any], Mapping[str, Tensor]]
 
 
-class Trainer:
-    """Trains and evaluates clients on the data of one worker."""
+class Trainer(Evaluator):
+    """Trains clients on the data of one worker, and evaluates the global model there."""
 
     def __init__(
         self,
@@ -68,24 +59,14 @@ class Trainer:
             spans: Client name -> its rows in ``blocks``.
             trail: Where to note who trains, see :class:`fedproc.client.trail.Trail`.
         """
-        self._work = work
-        self._device = torch.device(work.device)
-        self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
-        self._spans = dict(spans or {})
-        custom = not isinstance(work.local, LocalTraining)
-        loss = placed_loss(self._loss(), self._device)
-        self._resident = Resident(model.to(self._device), custom=custom)
-        self._gradients = None if loss is None else Gradients(self._resident.model, loss)
+        super().__init__(model, work, blocks, spans)
+        local = work.local if isinstance(work.local, LocalTraining) else None
+        self._descent = None if local is None else Descent(self._resident.model, local, work.rule)
         self._footprint = Footprint(trail)
         self._stacks: StackTrainer | None = None
         self._failed: dict[str, BaseException] = {}
         self._round = 0
         self._order = torch.Generator()  # of rows; seeded anew for every client
-
-    @property
-    def least_rows(self) -> int | None:
-        """Rows that numbers about private data must cover to leave; None: nothing is private."""
-        return self._work.private_rows
 
     def train(
         self,
@@ -109,7 +90,7 @@ class Trainer:
             self._footprint.step(task.place)
             layout = self._resident.layout
             pieces, space = layout.pieces(block), self._work.blocks(layout, [task])[0]
-            with preserved_streams(self._device):
+            with self._training():
                 update = self._train(pieces, task, (state or {}, shared or {}), layout.slot(space))
             update.block = space[: layout.nbytes]
             return update
@@ -130,7 +111,7 @@ class Trainer:
         tasks, layout = self._entered(packed), self._resident.layout
         pieces, blocks = layout.pieces(block), self._work.blocks(layout, tasks)
         updates: list[Update | None] = []
-        with preserved_streams(self._device):
+        with self._training():
             for task, slot in zip(tasks, layout.slots(blocks), strict=True):
                 known = (states or {}).get(task.client, {}), shared or {}
                 updates.append(self._attempt(pieces, task, known, slot))
@@ -198,7 +179,8 @@ class Trainer:
         """Trains one client from the model in ``pieces`` and leaves its own in ``slot``."""
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
-        with self._loaded(pieces, seed) as model:
+        closed = self._descent is not None and self._descent.is_closed
+        with self._loaded(pieces, seed, torch_only=closed) as model:
             self._resident.train()
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)
@@ -216,46 +198,6 @@ class Trainer:
         update.began, update.ended = began, time.perf_counter()
         return may_leave(update, self._work)
 
-    def evaluate(
-        self,
-        block: Tensor,
-        rows: tuple[Tensor, Tensor],
-        loss: Loss | None,
-        chunks: tuple[int, bool],
-    ) -> list[ChunkSums]:
-        """Evaluates the global model on rows sent for it, see :func:`evaluate_chunks`.
-
-        ``loss``: None takes LocalTraining's; ``chunks``: rows of one, and whether to keep outputs.
-        """
-        x, y = (part.to(self._device) for part in rows)
-        size, outputs = chunks
-        loss = placed_loss(loss, self._device) or self._loss()
-        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
-            return evaluate_chunks(model, (x, y), loss, size, outputs=outputs)
-
-    def evaluate_clients(
-        self, block: Tensor, clients: Sequence[str], chunk_rows: int
-    ) -> dict[str, ChunkSums]:
-        """Evaluates the global model on the rows of clients of this worker."""
-        least = self._work.private_rows or 0
-        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
-            return {
-                client: merged(
-                    evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
-                )
-                for client in clients
-            }
-
-    def _loss(self) -> Loss | None:
-        return self._work.local.loss if isinstance(self._work.local, LocalTraining) else None
-
-    def _rows(self, client: str) -> tuple[Tensor, Tensor]:
-        span = self._spans[client]
-        x, y = self._blocks[span.block]
-        return x[span.start : span.stop], y[span.start : span.stop]
-
     def _run_epochs(
         self, model: nn.Module, local: LocalTraining, task: Task, known: _Known
     ) -> Update:
@@ -268,7 +210,7 @@ class Trainer:
             parameters = self._resident.layout.trained(model)
             correction = self._work.rule.start(parameters, shared, state)
         correct = None if correction is None else correction.apply
-        progress = run_local_epochs(model, rows, local, self._order, correct, self._gradients)
+        progress = run_local_epochs(model, rows, local, self._order, correct, self._descent)
         assert progress.optimizer is not None
         return Update(
             block=NO_BLOCK,
@@ -281,20 +223,8 @@ class Trainer:
             state={} if correction is None else correction.keep(progress),
         )
 
-    @contextmanager
-    def _loaded(self, pieces: Sequence[Tensor], seed: int) -> Iterator[nn.Module]:
-        """Loads the global model into the resident one and seeds every stream.
-
-        Leaves no gradients behind. The caller preserves the streams of the process: around all
-        clients of a command, because seeding is cheap and saving is not.
-        """
-        self._resident.load(pieces)
-        seed_streams(seed, self._device)
-        with (
-            torch_threads(self._work.threads),
-            torch.enable_grad(),
-        ):  # whatever the parent's mode is
-            try:
-                yield self._resident.model
-            finally:
-                self._resident.forget_gradients()
+    def _training(self) -> AbstractContextManager[None]:
+        """Preserves the streams of the process, around all clients of a command."""
+        if self._descent is None:
+            return preserved_streams(self._device)
+        return self._descent.within(self._device)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedproc.client.gradients import Gradients, Loss
+from fedproc.client.descent import Descent
+from fedproc.client.gradients import Loss
 from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.stepping import step_of, zero_grad_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fedproc.client.update import Task
+
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -115,7 +117,7 @@ def run_local_epochs(
     local: LocalTraining,
     generator: torch.Generator,
     correct: Callable[[], None] | None = None,
-    gradients: Gradients | None = None,
+    descent: Descent | None = None,
 ) -> Progress:
     """Trains ``model`` in place on the rows of one client; returns what was done.
 
@@ -125,28 +127,29 @@ def run_local_epochs(
         local: What to do.
         generator: Draws the order of the rows.
         correct: Called after each backward pass; may change the gradients.
-        gradients: Of this model and the loss of ``local``, from an earlier client.
+        descent: Of this model and ``local``, from an earlier client.
 
     Raises:
         ValueError: The loss is not one number.
         FloatingPointError: The loss is NaN or infinite.
     """
-    backward = gradients or Gradients(model, local.loss)
-    parameters = [p for p in backward.parameters if p.requires_grad]
-    optimizer = local.optimizer(list(parameters))
+    descent = descent or Descent(model, local, None)
+    optimizer, parameters = descent.begin()
     progress = Progress(optimizer=optimizer)
     step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
-    backward.begin()
-    for x, y in _batches(rows, local, generator):
-        zero_grad()
-        progress.loss_sum += backward(x, y, progress.steps) * x.shape[0]
-        if local.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
-        if correct is not None:
-            correct()
-        step()
-        progress.steps += 1
-        progress.rows += x.shape[0]
+    try:
+        for x, y in _batches(rows, local, generator):
+            zero_grad()
+            progress.loss_sum += descent.gradients(x, y, progress.steps) * x.shape[0]
+            if local.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
+            if correct is not None:
+                correct()
+            step()
+            progress.steps += 1
+            progress.rows += x.shape[0]
+    finally:
+        descent.end()
     return progress
 
 
@@ -184,7 +187,8 @@ def _batch_indices(
 ) -> Iterable[slice | Tensor]:
     size = local.batch_size or rows
     if local.shuffle:
-        return torch.split(torch.randperm(rows, generator=generator), size)
+        order = torch.randperm(rows, generator=generator)
+        return [order] if rows <= size else torch.split(order, size)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

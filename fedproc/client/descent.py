@@ -1,0 +1,148 @@
+"""What local epochs follow from client to client: the gradients, and a new optimizer for each.
+
+Runs in workers. Where loss, model and optimizer are torch's, nothing of a user's runs between two
+clients: then one optimizer, made new again, serves all of them, and nobody draws random numbers
+but from torch's stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from fedproc.client.gradients import Gradients
+from fedproc.client.rules import RULES
+from fedproc.client.seeding import preserved_streams
+from fedproc.client.stepping import all_are_observed, home_of, is_observed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from torch import nn
+
+    from fedproc.client.rules import LocalRule
+    from fedproc.client.training import LocalTraining, OptimizerFactory
+
+
+class Descent:
+    """Gradients and optimizers of one model.
+
+    Attributes:
+        gradients: Of the model's loss.
+        is_closed: No code of users runs, in clients or between them; True only :meth:`within`.
+    """
+
+    def __init__(self, model: nn.Module, local: LocalTraining, rule: LocalRule | None) -> None:
+        """Keeps what it is given; nothing is computed yet.
+
+        Args:
+            model: What is trained.
+            local: The loss and the factory of optimizers.
+            rule: What changes the gradients, or None.
+        """
+        self.gradients = Gradients(model, local.loss)
+        self.is_closed = False
+        self._optimizers = Optimizers(local.optimizer)
+        self._is_ruled = rule is not None and type(rule) not in RULES
+
+    @contextmanager
+    def within(self, device: torch.device) -> Iterator[None]:
+        """Looks once for several clients whether code of users runs; preserves the streams."""
+        closed = self._optimizers.are_torchs() and not self._is_ruled and self.gradients.begin()
+        self.is_closed = closed
+        try:
+            with preserved_streams(device, torch_only=closed):
+                yield
+        finally:
+            self.is_closed = False
+
+    def begin(self) -> tuple[Optimizer, list[nn.Parameter]]:
+        """Makes the optimizer of the next client; returns the parameters that are trained, too."""
+        trained = [p for p in self.gradients.parameters if p.requires_grad]
+        optimizer = self._optimizers.new(trained)
+        if not self.is_closed:  # the factory may have hooked into the model
+            self.gradients.begin()
+        return optimizer, trained
+
+    def end(self) -> None:
+        """Lets go of what the optimizer of a client remembers."""
+        self._optimizers.forget()
+
+
+class Optimizers:
+    """New optimizers; one of torch's is made once, and from then on it is made new again."""
+
+    def __init__(self, factory: OptimizerFactory) -> None:
+        """Keeps the factory; the first optimizer is made when it is needed."""
+        self._factory = factory
+        self._kind = _kind_of(factory)
+        self._made_by = None if self._kind is None else _makers(self._kind)
+        self._kept: Optimizer | None = None
+        self._facts: object = None
+
+    def are_torchs(self) -> bool:
+        """Whether making them and their steps run no code but torch's."""
+        if self._kind is None or all_are_observed():
+            return False
+        return self._made_by == _makers(self._kind)
+
+    def new(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Returns an optimizer that has taken no step."""
+        kept = self._kept
+        if kept is not None and self.are_torchs() and self._is_as_made(kept, parameters):
+            kept.state.clear()
+            return kept
+        made = self._factory(list(parameters))
+        # one that has a state from the start (Adagrad) cannot be made new by forgetting it
+        if self.are_torchs() and not made.state and not is_observed(made):
+            self._kept, self._facts = made, _facts(made)
+        return made
+
+    def _is_as_made(self, kept: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+        return _steps(kept, parameters) and _facts(kept) == self._facts
+
+    def forget(self) -> None:
+        """Drops what the last client's steps left in the optimizer, momentum for instance."""
+        if self._kept is not None:
+            self._kept.state.clear()
+
+
+def _kind_of(factory: object) -> type[Optimizer] | None:
+    """Finds the class of torch that a factory is, perhaps with numbers as arguments."""
+    kind: Any = factory
+    if type(factory) is functools.partial:
+        if factory.args or not all(map(_is_number, factory.keywords.values())):
+            return None
+        kind = factory.func
+    if not isinstance(kind, type) or not issubclass(kind, Optimizer):
+        return None
+    torchs = all(home_of(maker).startswith("torch.") for maker in _makers(kind))
+    return kind if torchs and kind.__module__.startswith("torch.optim.") else None
+
+
+def _makers(kind: type[Optimizer]) -> tuple[Any, ...]:
+    return kind.__init__, Optimizer.__init__, kind.add_param_group
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (bool, int, float, type(None)) or (
+        type(value) is tuple and all(map(_is_number, value))
+    )
+
+
+def _steps(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether an optimizer is of exactly these parameters."""
+    groups = optimizer.param_groups
+    members = groups[0]["params"] if len(groups) == 1 else ()
+    return len(members) == len(parameters) and all(map(operator.is_, members, parameters))
+
+
+def _facts(optimizer: Optimizer) -> object:
+    """What decides the steps of an optimizer besides its state; equal as long as nobody meddles."""
+    values = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    return type(optimizer).step, len(vars(optimizer)), is_observed(optimizer), values

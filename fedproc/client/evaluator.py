@@ -1,0 +1,116 @@
+"""The evaluator: one resident model and the rows of a worker's clients, and what that model does.
+
+Runs in worker processes. May assume one command at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedproc.client.devices import placed_loss
+from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
+from fedproc.client.resident import Resident
+from fedproc.client.seeding import derive_seed, preserved_streams, seed_streams, torch_threads
+from fedproc.client.training import LocalTraining
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from fedproc.client.gradients import Loss
+    from fedproc.client.work import Span, Work
+
+
+class Evaluator:
+    """Evaluates the global model in one worker."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        work: Work,
+        blocks: Sequence[tuple[Tensor, Tensor]],
+        spans: Mapping[str, Span] | None,
+    ) -> None:
+        """Keeps the model and the data, on the device of the work.
+
+        Args:
+            model: Architecture and frozen values; the rest is loaded whenever it is used.
+            work: What to do with each client.
+            blocks: Pairs of inputs (rows, ...) and targets (rows, ...).
+            spans: Client name -> its rows in ``blocks``.
+        """
+        self._work = work
+        self._device = torch.device(work.device)
+        self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
+        self._spans = dict(spans or {})
+        placed_loss(self._loss(), self._device)
+        custom = not isinstance(work.local, LocalTraining)
+        self._resident = Resident(model.to(self._device), custom=custom)
+
+    @property
+    def least_rows(self) -> int | None:
+        """Rows that numbers about private data must cover to leave; None: nothing is private."""
+        return self._work.private_rows
+
+    def evaluate(
+        self,
+        block: Tensor,
+        rows: tuple[Tensor, Tensor],
+        loss: Loss | None,
+        chunks: tuple[int, bool],
+    ) -> list[ChunkSums]:
+        """Evaluates the global model on rows sent for it, see :func:`evaluate_chunks`.
+
+        ``loss``: None takes LocalTraining's; ``chunks``: rows of one, and whether to keep outputs.
+        """
+        x, y = (part.to(self._device) for part in rows)
+        size, outputs = chunks
+        loss = placed_loss(loss, self._device) or self._loss()
+        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
+            return evaluate_chunks(model, (x, y), loss, size, outputs=outputs)
+
+    def evaluate_clients(
+        self, block: Tensor, clients: Sequence[str], chunk_rows: int
+    ) -> dict[str, ChunkSums]:
+        """Evaluates the global model on the rows of clients of this worker."""
+        least = self._work.private_rows or 0
+        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
+        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
+            return {
+                client: merged(
+                    evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
+                )
+                for client in clients
+            }
+
+    def _loss(self) -> Loss | None:
+        return self._work.local.loss if isinstance(self._work.local, LocalTraining) else None
+
+    def _rows(self, client: str) -> tuple[Tensor, Tensor]:
+        span = self._spans[client]
+        x, y = self._blocks[span.block]
+        return x[span.start : span.stop], y[span.start : span.stop]
+
+    @contextmanager
+    def _loaded(
+        self, pieces: Sequence[Tensor], seed: int, *, torch_only: bool = False
+    ) -> Iterator[nn.Module]:
+        """Loads the global model into the resident one and seeds the streams it may draw from.
+
+        Leaves no gradients behind. The caller preserves the streams: seeding is cheap, that is not.
+        """
+        self._resident.load(pieces)
+        seed_streams(seed, self._device, torch_only=torch_only)
+        with (
+            torch_threads(self._work.threads),
+            torch.enable_grad(),
+        ):  # whatever the parent's mode is
+            try:
+                yield self._resident.model
+            finally:
+                self._resident.forget_gradients()

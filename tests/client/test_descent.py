@@ -1,0 +1,241 @@
+"""One optimizer for many clients is as new for each, and only where no code of users runs."""
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as optimizers
+
+from fedproc.client.descent import Descent, Optimizers
+from fedproc.client.rules import Proximal
+from fedproc.client.seeding import preserved_streams, seed_streams
+from fedproc.client.training import LocalTraining, run_local_epochs
+
+partial = functools.partial
+CPU = torch.device("cpu")
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+KEPT = {
+    "SGD": SGD,
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "class": torch.optim.Adam,
+    "Adam": partial(torch.optim.Adam, lr=0.1, betas=(0.8, 0.9)),
+    "AdamW": partial(torch.optim.AdamW, lr=0.1, amsgrad=True, foreach=True),
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
+    "Adadelta": torch.optim.Adadelta,
+    "ASGD": torch.optim.ASGD,
+    "Rprop": torch.optim.Rprop,
+}
+
+
+class OwnSGD(torch.optim.SGD):
+    pass
+
+
+class OwnRule:
+    def start(self, *_: object) -> None:
+        return None
+
+
+NOT_TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "function": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "subclass": partial(OwnSGD, lr=0.1),
+    "tensor": partial(torch.optim.SGD, lr=torch.tensor(0.1)),
+    "partial of a function": partial(lambda parameters, lr: torch.optim.SGD(parameters, lr), lr=1),
+}
+
+
+def trained(local: LocalTraining, *, shared: bool) -> list[torch.Tensor]:
+    """Three clients, one after the other, from the same model; returns what each became."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(3, 9, 3), torch.randn(3, 9, 2)
+    start = [p.detach().clone() for p in model.parameters()]
+    descent = Descent(model, local, None) if shared else None
+    found = []
+    for client in range(3):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), start, strict=True):
+                parameter.copy_(value)
+        order = torch.Generator().manual_seed(client)
+        run_local_epochs(model, (x[client], y[client]), local, order, None, descent)
+        model.zero_grad()
+        found += [p.detach().clone() for p in model.parameters()]
+    return found
+
+
+@pytest.fixture
+def parameters() -> list[nn.Parameter]:
+    return list(nn.Linear(3, 2).parameters())
+
+
+@pytest.fixture
+def step_hook() -> Iterator[list[torch.optim.Optimizer]]:
+    """Optimizers whose steps were seen; what looks meddles with their rate."""
+    seen = []
+
+    def meddle(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append(optimizer)
+        optimizer.param_groups[0]["lr"] *= 2
+
+    handle = optimizers.register_optimizer_step_post_hook(meddle)
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", [*KEPT, *NOT_TORCHS])
+def test_every_client_gets_the_bits_of_a_new_optimizer(name: str) -> None:
+    local = LocalTraining(
+        nn.MSELoss(), {**KEPT, **NOT_TORCHS}[name], epochs=3, batch_size=4, clip_grad_norm=1.0
+    )
+
+    ours, theirs = (trained(local, shared=shared) for shared in (True, False))
+
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_an_optimizer_of_torch_is_made_once_and_forgets(
+    name: str, parameters: list[nn.Parameter]
+) -> None:
+    optimizers = Optimizers(KEPT[name])
+    first = optimizers.new(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+
+    assert optimizers.are_torchs()
+    assert optimizers.new(parameters) is first
+    assert not first.state
+    first.step()
+    optimizers.forget()
+    assert not first.state
+
+
+@pytest.mark.parametrize("name", NOT_TORCHS)
+def test_a_factory_of_the_users_is_called_for_every_client(
+    name: str, parameters: list[nn.Parameter]
+) -> None:
+    optimizers = Optimizers(NOT_TORCHS[name])
+
+    assert not optimizers.are_torchs()
+    assert optimizers.new(parameters) is not optimizers.new(parameters)
+
+
+def test_one_with_a_state_from_the_start_is_made_anew(parameters: list[nn.Parameter]) -> None:
+    optimizers = Optimizers(torch.optim.Adagrad)
+    first = optimizers.new(parameters)
+
+    second = optimizers.new(parameters)
+
+    assert second is not first
+    assert second.state[parameters[0]]["sum"].eq(0).all()
+
+
+def test_other_parameters_get_another_optimizer(parameters: list[nn.Parameter]) -> None:
+    optimizers = Optimizers(SGD)
+    first = optimizers.new(parameters)
+
+    fewer = optimizers.new(parameters[:1])
+
+    assert fewer is not first
+    assert fewer.param_groups[0]["params"] == parameters[:1]
+
+
+@pytest.mark.parametrize("meddle", ["group", "attribute", "step", "hook"])
+def test_one_that_somebody_meddled_with_is_not_used_again(
+    meddle: str, parameters: list[nn.Parameter]
+) -> None:
+    optimizers = Optimizers(SGD)
+    first = optimizers.new(parameters)
+
+    if meddle == "group":
+        first.param_groups[0]["lr"] = 0.2
+    elif meddle == "attribute":
+        first.mine = 1  # type: ignore[attr-defined]
+    elif meddle == "step":
+        first.step = lambda: None  # type: ignore[method-assign,assignment]
+    else:
+        first.register_step_post_hook(lambda *_: None)
+
+    second = optimizers.new(parameters)
+    assert second is not first
+    assert second.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["__init__", "add_param_group", "step"])
+def test_a_method_that_is_replaced_later_is_the_one_that_runs(
+    name: str, parameters: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizers = Optimizers(SGD)
+    first = optimizers.new(parameters)
+    original, seen = getattr(torch.optim.SGD, name), []
+
+    def replaced(self: torch.optim.SGD, *args: object, **kwargs: object) -> object:
+        seen.append(name)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, name, replaced)
+    second = optimizers.new(parameters)
+    second.step()
+
+    assert second is not first
+    assert seen
+    if name != "step":
+        assert not optimizers.are_torchs()
+
+
+def closed(local: LocalTraining, rule: object = None) -> bool:
+    descent = Descent(nn.Linear(3, 2), local, rule)  # type: ignore[arg-type]
+    with descent.within(CPU):
+        found = descent.is_closed
+    assert not descent.is_closed
+    return found
+
+
+def test_closed_is_what_has_no_code_of_users(step_hook: list[torch.optim.Optimizer]) -> None:
+    local = LocalTraining(nn.MSELoss(), SGD)
+    assert not closed(local), "somebody looks at the steps of all optimizers"
+
+
+def test_closed_is_what_torch_alone_computes() -> None:
+    local = LocalTraining(nn.MSELoss(), SGD)
+
+    assert closed(local)
+    assert closed(local, Proximal(0.1))
+    assert not closed(local, OwnRule())
+    assert not closed(LocalTraining(nn.MSELoss(), NOT_TORCHS["function"]))
+    assert not closed(LocalTraining(lambda x, y: (x - y).pow(random.choice([2])).sum(), SGD))
+
+
+def test_a_hook_on_all_optimizers_sees_a_new_one_for_every_client(
+    step_hook: list[torch.optim.Optimizer],
+) -> None:
+    local = LocalTraining(nn.MSELoss(), SGD, batch_size=None)
+
+    trained(local, shared=True)
+
+    assert len(set(map(id, step_hook))) == 3
+    assert {optimizer.param_groups[0]["lr"] for optimizer in step_hook} == {0.2}
+
+
+def test_streams_that_nobody_draws_from_stay_as_they_are() -> None:
+    python, numpy = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    torchs = torch.get_rng_state()
+
+    with preserved_streams(CPU, torch_only=True):
+        seed_streams(7, CPU, torch_only=True)
+        drawn = torch.rand(3)
+        assert random.getstate() == python
+        assert np.random.get_state()[1].tolist() == numpy  # noqa: NPY002
+
+    assert torch.equal(torch.get_rng_state(), torchs)
+    with preserved_streams(CPU):
+        seed_streams(7, CPU)
+        assert torch.equal(torch.rand(3), drawn)
