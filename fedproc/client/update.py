@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One client's work in one round.
 
     Attributes:

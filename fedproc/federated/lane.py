@@ -114,10 +114,14 @@ class Pace:
         """Knows nothing yet: clients go one by one."""
         self._seconds: float | None = None
 
-    def learn(self, seconds: float) -> None:
-        """Takes in how long a client trained; a geometric mean, so a hiccup changes little."""
-        known, new = self._seconds, max(seconds, 1e-6)
-        self._seconds = new if known is None else known**0.9 * new**0.1
+    def learn(self, *seconds: float) -> None:
+        """Takes in how long clients trained; a geometric mean, so a hiccup changes little."""
+        if not seconds:
+            return
+        # those of one command weigh together what they would weigh one after the other
+        known, stays = self._seconds, 0.9 ** len(seconds)
+        new = max(sum(seconds) / len(seconds), 1e-6)
+        self._seconds = new if known is None else known**stays * new ** (1 - stays)
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""

@@ -6,14 +6,14 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedproc.client.seeding import torch_threads
 from fedproc.client.update import Task, Update
 from fedproc.errors import QuorumError
-from fedproc.events import ClientFinished
+from fedproc.events import ClientFinished, ignore
 from fedproc.federated.collecting import Collector
 from fedproc.federated.commanding import Broadcast
 from fedproc.federated.fold import Fold, Received, Weighted
@@ -189,16 +189,15 @@ def _fold_all(
     collector: Collector, rules: Rules, fold: AnyFold, sink: Sink, timeline: Timeline | None
 ) -> Tally:
     """Takes what the clients return, in cohort order."""
-    tally = Tally()
+    tally, is_watched = Tally(), timeline is not None or sink is not ignore
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
         for run in collector.runs():
             # a trace shows each client by itself
             for part in [run] if timeline is None else [[pair] for pair in run]:
                 began = time.perf_counter()
-                weighted = [_weighted(task.client, result, rules, tally) for task, result in part]
-                fold.add([update for update in weighted if update is not None])
-                for task, result in part:
+                fold.add(_accepted(part, rules, tally))
+                for task, result in part if is_watched else ():
                     client, failure = task.client, tally.failures.get(task.client)
                     if timeline is not None:
                         timeline.trained(client, collector.home(client), result)
@@ -207,22 +206,30 @@ def _fold_all(
     return tally
 
 
-def _weighted(
-    client: str, result: Update | BaseException, rules: Rules, tally: Tally
-) -> Weighted | None:
-    """Takes in the numbers of an update, or notes why it does not count."""
-    if isinstance(result, BaseException):
-        tally.failures[client] = result
-        return None
-    weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
-    try:
-        mean_weight = rules.strategy.mean_weight(weight, result, tally.first or result)
-    except ValueError as error:  # the strategy cannot use this update; the others count
-        tally.failures[client] = error.with_traceback(None)  # the history keeps it, not the round
-        return None
-    block = result.block
-    tally.accept(client, result, weight)
-    return Weighted(block, weight, mean_weight)
+def _accepted(
+    part: Sequence[tuple[Task, Update | BaseException]], rules: Rules, tally: Tally
+) -> list[Weighted]:
+    """Takes in the numbers of updates, or notes why one does not count."""
+    clients: list[str] = []
+    updates: list[Update] = []
+    found: list[Weighted] = []
+    for task, result in part:
+        if isinstance(result, BaseException):
+            tally.failures[task.client] = result
+            continue
+        weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
+        first = tally.first or (updates[0] if updates else result)
+        try:
+            mean_weight = rules.strategy.mean_weight(weight, result, first)
+        except ValueError as error:  # the strategy cannot use this update; the others count
+            # the history keeps it, not the round
+            tally.failures[task.client] = error.with_traceback(None)
+            continue
+        clients.append(task.client)
+        updates.append(result)
+        found.append(Weighted(result.block, weight, mean_weight))
+    tally.accept(clients, updates, [weighted.weight for weighted in found])
+    return found
 
 
 def _apply(

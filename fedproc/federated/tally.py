@@ -10,6 +10,8 @@ from fedproc.client.evaluation import exact_sum
 from fedproc.client.update import NO_BLOCK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedproc.client.update import Update
 
 
@@ -42,24 +44,41 @@ class Tally:
     rows: int = 0
     failures: dict[str, BaseException] = field(default_factory=dict)
 
-    def accept(self, client: str, update: Update, weight: float) -> None:
-        """Takes in the numbers of an update, and takes its block away from it."""
-        update.block = NO_BLOCK
+    def accept(
+        self, clients: Sequence[str], updates: Sequence[Update], weights: Sequence[float]
+    ) -> None:
+        """Takes in the numbers of updates in cohort order, and takes their blocks away."""
+        if not updates:
+            return
         if self.first is None:
-            self.first = update
-        self.kept[client] = update.state
-        self.weights.append(weight)
-        self.step_norms.append(update.step_norm)
-        self.loss_sums.append(update.loss_sum)
-        self.within.append(bool(update.within))
-        for name, value in update.metrics.items():
+            self.first = updates[0]
+        for client, update in zip(clients, updates, strict=True):
+            update.block = NO_BLOCK
+            self.kept[client] = update.state
+        self.weights.extend(weights)
+        self.step_norms += [update.step_norm for update in updates]
+        self.loss_sums.extend([update.loss_sum for update in updates])
+        self.within += [bool(update.within) for update in updates]
+        self.examples += sum([update.examples for update in updates])
+        self.rows += sum([update.rows for update in updates])
+        self._add_metrics(updates, weights)
+
+    def _add_metrics(self, updates: Sequence[Update], weights: Sequence[float]) -> None:
+        names = updates[0].metrics.keys()
+        if any(update.metrics.keys() != names for update in updates):  # a user's, by chance
+            for update, weight in zip(updates, weights, strict=True):
+                self._add_columns([update], [weight])
+        else:
+            self._add_columns(updates, weights)
+
+    def _add_columns(self, updates: Sequence[Update], weights: Sequence[float]) -> None:
+        """Adds the metrics of updates that have the same ones."""
+        for name in updates[0].metrics:
             if name not in self.metrics:
                 self.metrics[name] = _floats(), _floats()
-            weights, values = self.metrics[name]
-            weights.append(weight)
-            values.append(value)
-        self.examples += update.examples
-        self.rows += update.rows
+            its_weights, values = self.metrics[name]
+            its_weights.extend(weights)
+            values.extend([update.metrics[name] for update in updates])
 
     def loss(self) -> float | None:
         """Mean loss over all rows processed; a custom function's own numbers otherwise."""
