@@ -163,19 +163,19 @@ def test_an_interrupt_leaves_the_model_as_it_was_and_the_cluster_usable(cluster)
     before = bits(aggregator.model)
     from fedproc.federated import round as round_module
 
-    original = round_module._weighted
+    original = round_module._accepted
 
-    def interrupted(client, *rest):
-        if client == "c":
+    def interrupted(part, *rest):
+        if any(task.client == "c" for task, _ in part):
             raise KeyboardInterrupt
-        return original(client, *rest)
+        return original(part, *rest)
 
-    round_module._weighted = interrupted
+    round_module._accepted = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             aggregator.run(1)
     finally:
-        round_module._weighted = original
+        round_module._accepted = original
     assert bits(aggregator.model) == before
     assert aggregator.run_round().failures == {}
     cluster.wait()
