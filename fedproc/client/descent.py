@@ -1,8 +1,8 @@
 """What local epochs follow from client to client: the gradients, and a new optimizer for each.
 
-Runs in workers. Where loss, model and optimizer are torch's, nothing of a user's runs between two
-clients: then one optimizer, made new again, serves all of them, and nobody draws random numbers
-but from torch's stream.
+Runs in workers. Where model and loss are captured, the rule is one of fedproc's and the optimizer
+one of torch's, nothing of a user's runs between two clients: then one optimizer, made new again,
+serves all of them, and nobody draws random numbers but from torch's stream.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import functools
 import operator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from fedproc.client.gradients import Gradients
 from fedproc.client.rules import RULES
 from fedproc.client.seeding import preserved_streams
-from fedproc.client.stepping import all_are_observed, home_of, is_observed
+from fedproc.client.stepping import all_are_observed, home_of, is_observed, steps_by_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
-    from torch import nn
 
     from fedproc.client.rules import LocalRule
     from fedproc.client.training import LocalTraining, OptimizerFactory
@@ -47,8 +48,9 @@ class Descent:
         """
         self.gradients = Gradients(model, local.loss)
         self.is_closed = False
-        self._optimizers = Optimizers(local.optimizer)
         self._is_ruled = rule is not None and type(rule) not in RULES
+        # a rule of a user's may look at the optimizer when the steps are taken, or keep it
+        self._optimizers = Optimizers(local.optimizer, keeps=not self._is_ruled)
 
     @contextmanager
     def within(self, device: torch.device) -> Iterator[None]:
@@ -77,29 +79,31 @@ class Descent:
 class Optimizers:
     """New optimizers; one of torch's is made once, and from then on it is made new again."""
 
-    def __init__(self, factory: OptimizerFactory) -> None:
-        """Keeps the factory; the first optimizer is made when it is needed."""
+    def __init__(self, factory: OptimizerFactory, *, keeps: bool = True) -> None:
+        """Keeps the factory; ``keeps``: an optimizer may serve several clients."""
         self._factory = factory
+        self._keeps = keeps
         self._kind = _kind_of(factory)
-        self._made_by = None if self._kind is None else _makers(self._kind)
+        self._asked = _asked(factory)
+        self._code = None if self._kind is None else _code(self._kind)
         self._kept: Optimizer | None = None
         self._facts: object = None
 
     def are_torchs(self) -> bool:
         """Whether making them and their steps run no code but torch's."""
-        if self._kind is None or all_are_observed():
+        if self._kind is None or all_are_observed() or not steps_by_torch(self._kind):
             return False
-        return self._made_by == _makers(self._kind)
+        return self._code == _code(self._kind) and self._asked == _asked(self._factory)
 
     def new(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
-        """Returns an optimizer that has taken no step."""
+        """Returns an optimizer that has taken no step; it may be the last client's, emptied."""
         kept = self._kept
         if kept is not None and self.are_torchs() and self._is_as_made(kept, parameters):
             kept.state.clear()
             return kept
         made = self._factory(list(parameters))
         # one that has a state from the start (Adagrad) cannot be made new by forgetting it
-        if self.are_torchs() and not made.state and not is_observed(made):
+        if self._keeps and self.are_torchs() and not made.state and not is_observed(made):
             self._kept, self._facts = made, _facts(made)
         return made
 
@@ -121,12 +125,23 @@ def _kind_of(factory: object) -> type[Optimizer] | None:
         kind = factory.func
     if not isinstance(kind, type) or not issubclass(kind, Optimizer):
         return None
-    torchs = all(home_of(maker).startswith("torch.") for maker in _makers(kind))
+    # what torch marks as deprecated is wrapped by one of the other two
+    homes = ("torch.", "typing_extensions", "warnings")
+    torchs = all(home_of(part).startswith(homes) for part in _code(kind).values())
     return kind if torchs and kind.__module__.startswith("torch.optim.") else None
 
 
-def _makers(kind: type[Optimizer]) -> tuple[Any, ...]:
-    return kind.__init__, Optimizer.__init__, kind.add_param_group
+def _code(kind: type[Optimizer]) -> dict[str, Any]:
+    """Lists the functions of a class of torch but its step, and what local epochs call besides."""
+    parts = {**vars(Optimizer), **vars(kind)}
+    found = {name: part for name, part in parts.items() if type(part) is FunctionType}
+    found.pop("step", None)  # torch wraps it when the first optimizer is made
+    return {**found, "clip_grad_norm_": nn.utils.clip_grad_norm_}
+
+
+def _asked(factory: object) -> object:
+    """What a factory gives to the class, which somebody who shares the factory may change."""
+    return dict(factory.keywords) if type(factory) is functools.partial else None
 
 
 def _is_number(value: object) -> bool:

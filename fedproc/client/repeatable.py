@@ -60,7 +60,9 @@ class Repeatable:
         ]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         trained = set(map(id, self.parameters))
-        can_be = all(t.is_cpu and (id(t) in trained or not t.requires_grad) for t in self.known)
+        # a subclass may do anything in any operation
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in self.known)
+        can_be = plain and all(id(t) in trained or not t.requires_grad for t in self.known)
         self._reads = _reads(model, loss) if can_be else None
 
     def holds(self) -> bool:
@@ -68,6 +70,7 @@ class Repeatable:
         return self._reads is not None and not (
             modules._has_any_global_hook()  # type: ignore[no-untyped-call]
             or any(_is_changed(part) for part in self._parts)
+            or any(map(is_watched, self.parameters))
             or not all(map(_is_same, self._reads))
             or torch.is_anomaly_enabled()
             or torch.is_autocast_enabled("cpu")

@@ -76,6 +76,11 @@ def zero_grad_of(optimizer: Optimizer) -> Step:
     return zero_grad
 
 
+def steps_by_torch(kind: type[Optimizer]) -> bool:
+    """Whether the steps of a class, and forgetting gradients, are torch's own code."""
+    return _unwrapped(kind.step) is not None and kind.zero_grad is _ZERO_GRAD
+
+
 def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from fedproc.client.update import Task
 
-
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class Pace:
             return
         # those of one command weigh together what they would weigh one after the other
         known, stays = self._seconds, 0.9 ** len(seconds)
-        new = max(sum(seconds) / len(seconds), 1e-6)
+        new = math.exp(sum(math.log(max(one, 1e-6)) for one in seconds) / len(seconds))
         self._seconds = new if known is None else known**stays * new ** (1 - stays)
 
     def batch_size(self, nbytes: int) -> int:

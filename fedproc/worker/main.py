@@ -52,7 +52,7 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     """Be a worker process; returns when the parent says stop or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hold_lifeline(given.lifeline)
-    _wait_for_the_parent_to_wait()
+    _let_the_waker_go_on()
     _standard_streams(given)
     faulthandler.enable()
     os.environ.clear()
@@ -133,7 +133,7 @@ def _reply_failed(channel: Channel, error: Exception) -> None:
     channel.flush()
 
 
-def _wait_for_the_parent_to_wait() -> None:
+def _let_the_waker_go_on() -> None:
     """Never take the core from whoever wakes this process up.
 
     Linux likes to wake a process where its waker runs, and lets it run at once: the parent, in the
@@ -143,8 +143,8 @@ def _wait_for_the_parent_to_wait() -> None:
     has chosen another class for the parent has chosen it for its workers, too.
     """
     # where there is no such class, or a container forbids choosing one, only time is lost
-    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

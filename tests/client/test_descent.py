@@ -191,6 +191,64 @@ def test_a_method_that_is_replaced_later_is_the_one_that_runs(
         assert not optimizers.are_torchs()
 
 
+@pytest.mark.parametrize("name", ["step", "zero_grad", "_init_group"])
+def test_a_class_whose_steps_somebody_replaced_is_not_torchs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = LocalTraining(nn.MSELoss(), SGD)
+    descent = Descent(nn.Linear(3, 2), local, None)
+    original = getattr(torch.optim.SGD, name)
+
+    monkeypatch.setattr(torch.optim.SGD, name, lambda *args, **more: original(*args, **more))
+
+    with descent.within(CPU):
+        assert not descent.is_closed
+    assert not closed(local)
+
+
+def test_clipping_that_somebody_replaced_is_not_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+    assert not closed(LocalTraining(nn.MSELoss(), SGD))
+
+
+def test_arguments_that_change_count_from_the_next_client(parameters: list[nn.Parameter]) -> None:
+    factory = partial(torch.optim.SGD, lr=0.1)
+    optimizers = Optimizers(factory)
+    optimizers.new(parameters)
+
+    factory.keywords["lr"] = 0.2
+
+    assert optimizers.new(parameters).param_groups[0]["lr"] == 0.2
+
+
+def test_a_rule_of_a_users_sees_what_the_steps_left(parameters: list[nn.Parameter]) -> None:
+    model = nn.Linear(3, 2)
+    local = LocalTraining(nn.MSELoss(), KEPT["momentum"])
+    descent = Descent(model, local, OwnRule())  # type: ignore[arg-type]
+    data = torch.ones(4, 3), torch.ones(4, 2)
+
+    found = [
+        run_local_epochs(model, data, local, torch.Generator(), None, descent).optimizer
+        for _ in range(2)
+    ]
+
+    assert found[0] is not found[1]
+    assert all(optimizer is not None and len(optimizer.state) == 2 for optimizer in found)
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def test_tensors_of_a_class_of_a_users_and_watched_ones_are_not_closed() -> None:
+    weight = torch.ones(2).as_subclass(OwnTensor)
+    assert not closed(LocalTraining(nn.CrossEntropyLoss(weight=weight), SGD))
+    descent = Descent(model := nn.Linear(3, 2), LocalTraining(nn.MSELoss(), SGD), None)
+    model.weight.register_hook(lambda gradient: gradient)
+    with descent.within(CPU):
+        assert not descent.is_closed
+
+
 def closed(local: LocalTraining, rule: object = None) -> bool:
     descent = Descent(nn.Linear(3, 2), local, rule)  # type: ignore[arg-type]
     with descent.within(CPU):
