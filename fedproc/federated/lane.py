@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -117,12 +116,11 @@ class Pace:
 
     def learn(self, *seconds: float) -> None:
         """Takes in how long clients trained; a geometric mean, so a hiccup changes little."""
-        if not seconds:
-            return
-        # those of one command weigh together what they would weigh one after the other
-        known, stays = self._seconds, 0.9 ** len(seconds)
-        new = math.exp(sum(math.log(max(one, 1e-6)) for one in seconds) / len(seconds))
-        self._seconds = new if known is None else known**stays * new ** (1 - stays)
+        known = self._seconds
+        for one in seconds:
+            new = max(one, 1e-6)
+            known = new if known is None else known**0.9 * new**0.1
+        self._seconds = known
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""
