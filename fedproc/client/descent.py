@@ -99,7 +99,7 @@ class Optimizers:
         """Returns an optimizer that has taken no step; it may be the last client's, emptied."""
         kept = self._kept
         if kept is not None and self.are_torchs() and self._is_as_made(kept, parameters):
-            kept.state.clear()
+            self.forget()
             return kept
         made = self._factory(list(parameters))
         # one that has a state from the start (Adagrad) cannot be made new by forgetting it

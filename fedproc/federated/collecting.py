@@ -193,7 +193,6 @@ class Collector:
                 self._unpack(lane, batch, result)
             else:
                 self._settle(batch.clients[0], result)
-                self._crew.pace.learn(result.ended - result.began)
         lane.taken()
 
     def _note(self, batch: Batch) -> None:
@@ -216,21 +215,22 @@ class Collector:
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
-        name, updates = self._homes[batch.clients[0]], list(result.unpacked(self._block_bytes))
+        name, updates = self._homes[batch.clients[0]], result.unpacked(self._block_bytes)
         for client, update in zip(batch.clients, updates, strict=True):
             if update is None:
                 promise = call_there(self._crew.trainer(name), "failure", client)
                 lane.submit(Batch([client], promise))
             else:
                 self._settle(client, update)
-        self._crew.pace.learn(*[u.ended - u.began for u in updates if u is not None])
 
     def _settle(self, client: str, result: Update | FedprocError) -> None:
+        if isinstance(result, FedprocError):
+            result.__traceback__ = None  # the history keeps it: its frames hold the whole round
         if client in self._open:
             self._open.remove(client)
             self._arrived[client] = result
-        if isinstance(result, FedprocError):
-            result.__traceback__ = None  # the history keeps it: its frames hold the whole round
+            if not isinstance(result, FedprocError):
+                self._crew.pace.learn(result.ended - result.began)
 
     # ---- losses and the deadline
 

@@ -114,13 +114,10 @@ class Pace:
         """Knows nothing yet: clients go one by one."""
         self._seconds: float | None = None
 
-    def learn(self, *seconds: float) -> None:
-        """Takes in how long clients trained; a geometric mean, so a hiccup changes little."""
-        known = self._seconds
-        for one in seconds:
-            new = max(one, 1e-6)
-            known = new if known is None else known**0.9 * new**0.1
-        self._seconds = known
+    def learn(self, seconds: float) -> None:
+        """Takes in how long a client trained; a geometric mean, so a hiccup changes little."""
+        known, new = self._seconds, max(seconds, 1e-6)
+        self._seconds = new if known is None else known**0.9 * new**0.1
 
     def batch_size(self, nbytes: int) -> int:
         """Returns how many clients one command should train; their blocks have ``nbytes``."""
