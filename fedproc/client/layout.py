@@ -139,6 +139,10 @@ class Layout:
         """Allocates a block: uint8, shape (nbytes,), zeros."""
         return fresh(self.nbytes).zero_()
 
+    def room(self) -> Tensor:
+        """Allocates a block all of whose sections will be written; the rest is zeros."""
+        return self._with_gaps(fresh(self.nbytes)[None])[0]
+
     def new_blocks(self, count: int, *, secret: bool = False) -> Tensor:
         """Allocates blocks as rows: uint8, shape (count, at least nbytes), rows aligned.
 
@@ -149,8 +153,11 @@ class Layout:
         row = -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if secret:
             return torch.zeros(count, row, dtype=torch.uint8)
-        blocks = lendable(count * row).view(count, row)
-        end = 0
+        return self._with_gaps(lendable(count * row).view(count, row))
+
+    def _with_gaps(self, blocks: Tensor) -> Tensor:
+        """Clears what lies between and after the sections of blocks: (count, at least nbytes)."""
+        row, end = blocks.shape[1], 0
         for start, stop in [*((s.start_bytes, s.stop_bytes) for s in self.sections), (row, row)]:
             blocks[:, end:start].zero_()
             end = stop

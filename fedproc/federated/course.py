@@ -16,7 +16,8 @@ from fedproc.events import RoundFinished, RoundStarted, Sink
 from fedproc.federated import evaluation
 from fedproc.federated.checkpoint import Identity, Saved
 from fedproc.federated.history import History, RoundRecord
-from fedproc.federated.round import Outcome, Rules, Start
+from fedproc.federated.round import Outcome, Start
+from fedproc.federated.rules import Rules
 from fedproc.federated.sampling import draw_cohort
 from fedproc.federated.traffic import Traffic
 
@@ -58,7 +59,7 @@ class Course:
         self.kept: dict[str, dict[str, Any]] = {}
         self.ledger, self._play = ledger, play
         self.history = History()
-        self._made: tuple[Outcome, RoundRecord] | None = None  # not taken over yet
+        self._made: tuple[Start, Outcome, RoundRecord] | None = None  # not taken over yet
 
     def play(
         self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
@@ -95,7 +96,7 @@ class Course:
         outcome = self._computed(start, sink, timeline)
         seconds, messages = time.perf_counter() - started, traffic.since()
         record = outcome.record(start, seconds=seconds, message_bytes=messages)
-        self._made = (outcome, record)
+        self._made = (start, outcome, record)
         try:
             self._commit()
         except BaseException:  # Ctrl-C with half of it done: the round is whole, so it counts
@@ -150,9 +151,9 @@ class Course:
         """Takes over what a round made. Interrupted anywhere, it can be done again."""
         if self._made is None:
             return
-        outcome, record = self._made
+        start, outcome, record = self._made
         self.ledger = outcome.ledger  # first: what is released must be accounted for
-        self._global.load(outcome.block)
+        self._global.load(outcome.block, before=start.block)
         self.state = outcome.state
         self.kept.update({client: kept for client, kept in outcome.kept.items() if kept})
         self.round = record.round

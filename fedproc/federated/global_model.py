@@ -34,12 +34,11 @@ class GlobalModel:
 
     def block(self) -> Tensor:
         """Returns the values as they are now, in flat form."""
-        return self.layout.pack(self.layout.tensors(self.module), self.layout.new_block())
+        return self.layout.pack(self.layout.tensors(self.module), self.layout.room())
 
-    def load(self, block: Tensor) -> None:
-        """Takes over values in flat form, all of them or none."""
+    def load(self, block: Tensor, before: Tensor) -> None:
+        """Takes over values in flat form, all of them or none: else those that were ``before``."""
         tensors = self.layout.tensors(self.module)
-        before = self.layout.pack(tensors, self.layout.new_block())
         try:
             self.layout.unpack(block, tensors)
         except BaseException:  # an interrupt must not leave half of a round in the model

@@ -10,6 +10,7 @@ It is kept and saved with the strategy's state, under a name of its own.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -76,10 +77,15 @@ def next_parameters(
     Returns:
         The new trained parameters (float64, shape (parameters,)) and the new state.
     """
-    x = layout.flat_trained(start.block)
+    moves = strategy.keeps_master() or start.ledger is not None  # a private mean is a step too
+    x = (
+        layout.flat_trained(start.block)
+        if moves or strategy.looks_at_x()
+        else torch.tensor(math.nan, dtype=torch.float64).expand(layout.trained_numel)
+    )
     new, state = strategy.step(x, received, without_master(start.state))
     state = strategy.after(state, start.kept, kept, population)
-    if strategy.keeps_master() or start.ledger is not None:  # a private mean is a step too
+    if moves:
         new, master = advance(layout, x, new, start.state)
         state = {**state, **master}
     return new, state

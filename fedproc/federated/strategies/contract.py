@@ -62,6 +62,14 @@ class Strategy(ABC):
         """
         return False
 
+    def looks_at_x(self) -> bool:
+        """Whether :meth:`step` looks at ``x``.
+
+        Say False if the result is the same whatever ``x`` was: making a float64 vector of a large
+        model takes as long as folding an update. Then ``x`` is NaN in every place.
+        """
+        return True
+
     def mean_weight(self, weight: float, update: Update, first: Update) -> float:  # noqa: ARG002 - for subclasses
         """Returns the weight of an update in ``received.mean``; ``first`` was accepted first."""
         return weight
@@ -93,6 +101,11 @@ class Strategy(ABC):
 
     def check(self, local: LocalTraining | TrainFunction, cohort: int) -> None:  # noqa: B027 - optional
         """Raises ValueError if the strategy cannot work with ``local`` and ``cohort`` clients."""
+
+
+def weighs_by_rows(strategy: Strategy) -> bool:
+    """Whether the weight of an update depends on nothing but the rows of its client."""
+    return getattr(strategy.mean_weight, "__func__", None) is Strategy.mean_weight
 
 
 def require_local_epochs(strategy: str, local: LocalTraining | TrainFunction) -> LocalTraining:
