@@ -32,7 +32,10 @@ _PAGE: Final = 1 << 19
 
 
 def fits(values: Tensor) -> bool:
-    """Whether the compiled sums are there and can read ``values``, of shape (n,), as they lie."""
+    """Whether the compiled sums are there and can read ``values`` as they lie.
+
+    ``values``: a vector (n,), or vectors that are the rows of a matrix (m, n).
+    """
     return (
         COMPILED
         and values.dtype is torch.float32
@@ -50,12 +53,15 @@ def pieces(count: int) -> range:
     return range(0, count, _PAGE if count >= 4 * _PAGE else _PIECE)
 
 
-def add(total: Tensor, values: Sequence[Tensor], weights: Sequence[float], *, first: bool) -> None:
+def add(
+    total: Tensor, values: Sequence[Tensor] | Tensor, weights: Sequence[float], *, first: bool
+) -> None:
     """Does ``total += w0 * y0``, ``total += w1 * y1`` and so on.
 
     Args:
         total: float64, shape (n,), contiguous, on the CPU.
-        values: At least one, each such that ``fits`` says yes, of the shape of ``total``.
+        values: At least one, each such that ``fits`` says yes, of the shape of ``total``; a matrix
+            is its rows.
         weights: One for each; finite.
         first: Nothing was added yet: ``total`` begins with 0.0, what it holds is not read.
 
@@ -97,7 +103,14 @@ def mean_into(
     _sums.mean(mean.data_ptr(), addresses, tuple(weights), whole, first, stop)
 
 
-def _addresses(values: Sequence[Tensor], count: int) -> tuple[int, ...]:
+def _addresses(values: Sequence[Tensor] | Tensor, count: int) -> tuple[int, ...]:
+    if isinstance(values, Tensor):
+        if values.shape[1:] != (count,):
+            raise ValueError(f"the rows of {tuple(values.shape)} have not {count} elements")
+        start, row = values.data_ptr(), count * values.itemsize
+        return (
+            tuple(range(start, start + len(values) * row, row)) if row else (start,) * len(values)
+        )
     if any(value.numel() != count for value in values):
         raise ValueError(f"not all vectors have the {count} elements of the sums")
     return tuple(value.data_ptr() for value in values)

@@ -70,8 +70,8 @@ class Orders:
             seeds: One per client, of the generator that draws its permutations.
         """
         batches = [-(-size // (local.batch_size or size)) for size in sizes]
-        most = local.max_steps or max(batches) * local.epochs
-        steps = [min(most, count * local.epochs) for count in batches]
+        known = {size: local.steps(size) for size in set(sizes)}
+        steps = [known[size] for size in sizes]
         self.sorted = sorted(range(len(sizes)), key=lambda place: -steps[place])
         self.steps = [steps[place] for place in self.sorted]
         drawn, ends = [], [0]

@@ -6,6 +6,7 @@ Runs in worker processes, one object per worker and aggregator. May assume one c
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,6 @@ class Trainer(Evaluator):
         local = work.local if isinstance(work.local, LocalTraining) else None
         self._descent = None if local is None else Descent(self._resident.model, local, work.rule)
         self._footprint = Footprint(trail)
-        self._stacks: StackTrainer | None = None
         self._failed: dict[str, BaseException] = {}
         self._round = 0
         self._order = torch.Generator()  # of rows; seeded anew for every client
@@ -135,27 +135,34 @@ class Trainer(Evaluator):
         tasks = self._entered(packed)
         self._footprint.step(tasks[0].place)
         known, pieces = (states or {}, shared or {}), self._resident.layout.pieces(block)
-        if self._stacks is None:
-            self._stacks = StackTrainer(self._resident, self._work, self._blocks, self._spans)
-        with preserved_streams(self._device):
-            with self._loaded(pieces, derive_seed("stack")):
+        with self._training():
+            with self._loaded(pieces, derive_seed("stack"), torch_only=self._is_closed):
                 self._resident.train()
-                blocks = self._work.blocks(self._resident.layout, tasks)
-                updates, failures = self._stacks.train(block, blocks, tasks, known)
-            self._failed.update(failures)
-            slots = self._resident.layout.slots(blocks)
-            for place, (task, update) in enumerate(zip(tasks, updates, strict=True)):
+                stack = self._stacks.train(block, tasks, known)
+            self._failed.update(stack.failures)
+            updates, slots = stack.updates, self._resident.layout.slots(stack.blocks)
+            for place, (task, update, row) in enumerate(
+                zip(tasks, updates, stack.rows, strict=True)
+            ):
                 if update is not None:
                     updates[place] = may_leave(update, self._work)
-                elif task.client not in failures:
+                elif task.client not in stack.failures and row is not None:
                     alone = known[0].get(task.client, {}), known[1]
-                    updates[place] = self._attempt(pieces, task, alone, slots[place])
+                    updates[place] = self._attempt(pieces, task, alone, slots[row])
         self._footprint.step(IDLE)
-        return Updates.of(blocks, updates)
+        return Updates.of(stack.blocks, updates, stack.rows)
+
+    def takes_affine_steps(self) -> bool:
+        """Tells whether the mean of clients that take one step each needs one backward pass."""
+        return self._stacks.is_affine()
 
     def failure(self, client: str) -> None:
         """Raises what made a client of :meth:`train_some` or :meth:`train_stack` fail."""
         raise self._failed.pop(client)
+
+    @cached_property
+    def _stacks(self) -> StackTrainer:
+        return StackTrainer(self._resident, self._work, self._blocks, self._spans)
 
     def _entered(self, packed: bytes) -> list[Task]:
         """Unpacks the tasks of a command; with a new round, failures of earlier ones are gone."""
@@ -179,8 +186,7 @@ class Trainer(Evaluator):
         """Trains one client from the model in ``pieces`` and leaves its own in ``slot``."""
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
-        closed = self._descent is not None and self._descent.is_closed
-        with self._loaded(pieces, seed, torch_only=closed) as model:
+        with self._loaded(pieces, seed, torch_only=self._is_closed) as model:
             self._resident.train()
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)
@@ -222,6 +228,10 @@ class Trainer(Evaluator):
             metrics={"loss": progress.loss_sum / progress.rows, "steps": float(progress.steps)},
             state={} if correction is None else correction.keep(progress),
         )
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._descent is not None and self._descent.is_closed
 
     def _training(self) -> AbstractContextManager[None]:
         """Preserves the streams of the process, around all clients of a command."""

@@ -70,6 +70,11 @@ class LocalTraining:
         if self.clip_grad_norm is not None:
             require_positive("clip_grad_norm", self.clip_grad_norm)
 
+    def steps(self, rows: int) -> int:
+        """Returns how many steps a client with ``rows`` rows takes in a round."""
+        steps = -(-rows // (self.batch_size or rows)) * self.epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainContext:

@@ -29,6 +29,8 @@ class Task(NamedTuple):
         place: Its place in the cohort.
         clip_norm: Return the change of the model, clipped to this L2 norm, instead of the model;
             None: return the model.
+        weight: What the client weighs in the mean of those trained at once, which is returned
+            instead of their models; None: return its own.
     """
 
     client: str
@@ -36,20 +38,22 @@ class Task(NamedTuple):
     seed: int
     place: int = 0
     clip_norm: float | None = None
+    weight: float | None = None
 
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:
     """Packs tasks of one round; a plain pickle of columns costs a tenth of the records'."""
     first = tasks[0]
-    columns = [task.client for task in tasks], [task.place for task in tasks]
+    weights = None if first.weight is None else [task.weight for task in tasks]
+    columns = [task.client for task in tasks], [task.place for task in tasks], weights
     return pickle.dumps((first.round, first.seed, first.clip_norm, *columns), protocol=5)
 
 
 def unpack_tasks(packed: bytes) -> list[Task]:
     """Unpacks what :func:`pack_tasks` packed."""
-    round_, seed, clip_norm, clients, places = _Columns(io.BytesIO(packed)).load()
-    pairs = zip(clients, places, strict=True)
-    return [Task(client, round_, seed, place, clip_norm) for client, place in pairs]
+    round_, seed, clip_norm, clients, places, weights = _Columns(io.BytesIO(packed)).load()
+    columns = zip(clients, places, weights or [None] * len(clients), strict=True)
+    return [Task(client, round_, seed, place, clip_norm, w) for client, place, w in columns]
 
 
 class _Columns(pickle.Unpickler):
@@ -78,6 +82,9 @@ class Update:
         began, ended: When it trained, in seconds of ``time.perf_counter``, which all processes of
             a machine share.
         within: Whether the change was small enough not to be clipped; None without clipping.
+        block_weight: If the mean of clients trained at once was returned: the sum of their
+            weights on the one that has it in ``block``, 0 on the others. None: ``block`` is the
+            client's own.
     """
 
     block: Tensor
@@ -91,6 +98,7 @@ class Update:
     began: float = 0.0
     ended: float = 0.0
     within: bool | None = None
+    block_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,32 +109,42 @@ class Updates:
     of all clients travel as one plain pickle.
 
     Attributes:
-        blocks: Their blocks: uint8, shape (clients, at least nbytes), every row aligned.
+        blocks: Their blocks: uint8, shape (blocks, at least nbytes), every row aligned.
         numbers: All but blocks and states, of every client; None for one that failed. Pickled.
-        states: Place in ``blocks`` -> what that client keeps; only of those that keep something.
+        states: Place of a client -> what it keeps; only of those that keep something.
+        rows: Where the block of each client is in ``blocks``; None for one without. Not given, each
+            has the row of its place.
     """
 
     blocks: Tensor
     numbers: bytes
     states: dict[int, dict[str, Any]]
+    rows: list[int | None] | None = None
 
     @classmethod
-    def of(cls, blocks: Tensor, updates: Sequence[Update | None]) -> Updates:
+    def of(
+        cls,
+        blocks: Tensor,
+        updates: Sequence[Update | None],
+        rows: list[int | None] | None = None,
+    ) -> Updates:
         """Packs updates whose blocks are the rows of ``blocks``; None is a client that failed.
 
         Of one that failed nothing is shown: its row becomes zeros.
         """
-        for place, update in enumerate(updates):
-            if update is None:
-                blocks[place].zero_()
+        for row, update in zip(rows or range(len(updates)), updates, strict=True):
+            if update is None and row is not None:
+                blocks[row].zero_()
         numbers = pickle.dumps([update and _numbers(update) for update in updates], protocol=5)
         states = {n: update.state for n, update in enumerate(updates) if update and update.state}
-        return cls(blocks, numbers, states)
+        return cls(blocks, numbers, states, rows)
 
     def unpacked(self, nbytes: int) -> Iterator[Update | None]:
         """Yields the updates, each with the first ``nbytes`` of its row as its block."""
-        rows = self.blocks[:, :nbytes].unbind()
-        for place, (numbers, row) in enumerate(zip(pickle.loads(self.numbers), rows, strict=True)):
+        found: Sequence[Tensor] = self.blocks[:, :nbytes].unbind()
+        if self.rows is not None:
+            found = [NO_BLOCK if row is None else found[row] for row in self.rows]
+        for place, (numbers, row) in enumerate(zip(pickle.loads(self.numbers), found, strict=True)):
             if numbers is None:
                 yield None
             else:
@@ -147,4 +165,5 @@ def _numbers(update: Update) -> tuple[Any, ...]:
         update.began,
         update.ended,
         update.within,
+        update.block_weight,
     )

@@ -11,6 +11,7 @@ last bits differ from the sequential result.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,10 +30,14 @@ from fedproc.client.row_loss import (
 )
 from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
+from fedproc.client.shards import Shards
+from fedproc.client.single_step import MeanGradient, is_affine
 from fedproc.client.stacked_optimizer import StackedOptimizer
 from fedproc.client.stacked_rules import stacked_correction
+from fedproc.client.stepping import step_of
 from fedproc.client.update import NO_BLOCK, Task, Update
 from fedproc.client.vectorizable import try_rows
+from fedproc.memory.copying import fresh
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,62 +51,21 @@ _TRIED_ROWS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Shards:
-    """The rows of the clients of a stack.
-
-    Attributes:
-        x: Inputs (rows, ...), of these clients and perhaps of others.
-        y: Targets (rows, ...).
-        starts, sizes: Rows of each client lie at ``start`` to ``start + size``.
-    """
-
-    x: Tensor
-    y: Tensor
-    starts: Sequence[int]
-    sizes: Sequence[int]
-
-    @classmethod
-    def of(cls, places: Sequence[tuple[Tensor, Tensor, int, int]]) -> Shards:
-        """Finds the rows of clients; those in several blocks are copied side by side.
-
-        Args:
-            places: Inputs and targets of the client's block, first row, and the row after its last.
-        """
-        sizes = [stop - start for _, _, start, stop in places]
-        x, y = places[0][:2]
-        if all(place[0] is x for place in places):
-            return cls(x, y, [start for _, _, start, _ in places], sizes)
-        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        x = torch.cat([part[start:stop] for part, _, start, stop in places])
-        y = torch.cat([part[start:stop] for _, part, start, stop in places])
-        return cls(x, y, ends[:-1], sizes)
-
-    def take(self, index: Tensor, clients: int) -> tuple[Tensor, Tensor]:
-        """Returns the rows of ``index`` (clients times width): each (clients, width, ...)."""
-        x, y = (part.index_select(0, index) for part in (self.x, self.y))
-        return x.view(clients, -1, *x.shape[1:]), y.view(clients, -1, *y.shape[1:])
-
-    def some(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Returns rows of clients spread over the stack; one may come twice."""
-        clients = [place * len(self.sizes) // rows for place in range(rows)]
-        places = [self.starts[c] + place % self.sizes[c] for place, c in enumerate(clients)]
-        index = torch.tensor(places, device=self.x.device)
-        return self.x.index_select(0, index), self.y.index_select(0, index)
-
-
-@dataclass(frozen=True, slots=True)
 class Trained:
     """What a stack made.
 
     Attributes:
         updates: One per client, without blocks and times.
-        values: Trained parameters (clients, parameters).
+        values: Trained parameters (clients, parameters), or (1, parameters): their mean.
         failures: Place of a client -> why its update does not count.
+        is_mean: Whether ``values`` is the mean of the clients that did not fail, by the weights of
+            their tasks.
     """
 
     updates: list[Update]
     values: Tensor
     failures: dict[int, FloatingPointError]
+    is_mean: bool = False
 
 
 class Stacks:
@@ -147,7 +111,7 @@ class Stacks:
         """Trains clients from the values of the resident model, which is in train mode.
 
         Args:
-            tasks: The clients.
+            tasks: The clients. If they have weights, their mean is wanted.
             shards: Their rows.
             states: What each kept.
             shared: What the strategy sent.
@@ -159,11 +123,27 @@ class Stacks:
         mean = self._tried(shards)
         seeds = [derive_seed(task.seed, task.round, task.client, "shuffle") for task in tasks]
         orders = Orders(shards.starts, shards.sizes, self._local, seeds)
-        values = self._anchor().repeat(len(tasks), 1)
+        if tasks[0].weight is not None and orders.steps[0] == 1 and self.is_affine():
+            weights = [task.weight or 0.0 for task in tasks]
+            return self._step_together(weights, shards, orders, mean=mean)
+        return self._step_each(orders, shards, states, shared, mean=mean)
+
+    def _step_each(
+        self,
+        orders: Orders,
+        shards: Shards,
+        states: Sequence[Mapping[str, Any]],
+        shared: Mapping[str, Tensor],
+        *,
+        mean: bool,
+    ) -> Trained:
+        """Trains a stack: the models of all clients side by side, step by step."""
+        anchor = self._anchor()
+        values = anchor.repeat(len(states), 1)
         chosen = self._local.optimizer(list(self._parameters))
         optimizer = StackedOptimizer(chosen, self._parameters, values)
         known = [states[place] for place in orders.sorted]
-        correction = stacked_correction(self._rule, self._anchor(), shared, known)
+        correction = stacked_correction(self._rule, anchor, shared, known)
         losses = torch.zeros(orders.counts.shape, dtype=torch.float64)
         replays = self._repeatable.holds()
         for number, step in enumerate(orders.walk(values, mean=mean)):
@@ -173,14 +153,56 @@ class Stacks:
             if correction is not None:
                 correction.apply(gradients, training)
             optimizer.step(gradients)
-        kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in tasks]
+        kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in states]
         updates = self._updates(orders, shards, losses, kept, chosen)
-        places = torch.tensor(orders.sorted, device=values.device).argsort()
-        return Trained(updates, values.index_select(0, places), _failures(orders, losses))
+        if orders.sorted != sorted(orders.sorted):
+            places = torch.tensor(orders.sorted, device=values.device).argsort()
+            values = values.index_select(0, places)
+        return Trained(updates, values, _failures(orders, losses))
+
+    def is_affine(self) -> bool:
+        """Tells whether the mean of first steps is the step by the mean of the gradients."""
+        return is_affine(self._local, self._rule, self._local.optimizer(list(self._parameters)))
+
+    def _step_together(
+        self, weights: Sequence[float], shards: Shards, orders: Orders, *, mean: bool
+    ) -> Trained:
+        """Takes one step for all clients, each of which takes only one.
+
+        Raises:
+            FloatingPointError: The mean is not finite, though losses are.
+        """
+        (step,) = orders.walk(self._parameters[0], mean=mean)
+        gradient = MeanGradient(self._resident.model, self._row_losses, (shards.x, shards.y))
+        self._resident.forget_gradients()  # of a stack for which torch raised
+        losses = gradient.of(step, [weights[place] for place in orders.sorted])[None]
+        values = self._anchor()
+        optimizer = self._stepped(values)
+        self._resident.forget_gradients()
+        failures = _failures(orders, losses)
+        if len(failures) < len(weights) and not math.isfinite(values.sum()):
+            raise FloatingPointError("the mean of the updates is not finite")
+        updates = self._updates(orders, shards, losses, [{} for _ in weights], optimizer)
+        return Trained(updates, values[None], failures, is_mean=True)
+
+    def _stepped(self, values: Tensor) -> torch.optim.Optimizer:
+        """Takes the step of the resident model's gradients in ``values``: it has to stay."""
+        pieces = torch.split(values, [parameter.numel() for parameter in self._parameters])
+        stepping = []
+        for parameter, piece in zip(self._parameters, pieces, strict=True):
+            stepping.append(torch.nn.Parameter(piece.view(parameter.shape)))
+            stepping[-1].grad = parameter.grad
+        optimizer = self._local.optimizer(stepping)
+        step_of(optimizer)()
+        return optimizer
 
     def _anchor(self) -> Tensor:
-        """Returns the global parameters: (parameters,)."""
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
+        """Returns a copy of the global parameters: (parameters,)."""
+        first, *_ = pieces = [parameter.detach().reshape(-1) for parameter in self._parameters]
+        if first.device.type != "cpu":
+            return torch.cat(pieces)
+        room = fresh(sum(len(piece) for piece in pieces) * first.itemsize)
+        return torch.cat(pieces, out=room.view(first.dtype))
 
     def _gradients(self, inputs: tuple[Tensor, ...], *, replays: bool) -> tuple[Tensor, Tensor]:
         """Returns the gradient (clients, parameters) and loss (clients,) of every client."""

@@ -44,11 +44,11 @@ class Work:
     device: str = "cpu"
     private_rows: int | None = None
 
-    def blocks(self, layout: Layout, tasks: Sequence[Task]) -> Tensor:
-        """Allocates a block for the update of each of some tasks of one round.
+    def blocks(self, layout: Layout, tasks: Sequence[Task], count: int | None = None) -> Tensor:
+        """Allocates a block for the update of each of some tasks of one round, or ``count``.
 
         The parent may read them where they are, unless the update is of private data or is still
         to be clipped.
         """
         secret = self.private_rows is not None or tasks[0].clip_norm is not None
-        return layout.new_blocks(len(tasks), secret=secret)
+        return layout.new_blocks(len(tasks) if count is None else count, secret=secret)

@@ -19,7 +19,7 @@ from fedproc.federated.crew import Crew, copied
 from fedproc.federated.evaluation import EvaluationRows
 from fedproc.federated.history import History, RoundRecord
 from fedproc.federated.privacy import open_ledger, warn_of_weakness
-from fedproc.federated.round import Rules
+from fedproc.federated.rules import Rules
 from fedproc.federated.sampling import cohort_size
 from fedproc.federated.secure_aggregation import how_to_play
 from fedproc.federated.strategies import FedAvg, Strategy

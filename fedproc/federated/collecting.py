@@ -23,6 +23,7 @@ from fedproc.errors import (
 from fedproc.federated.commanding import Broadcast, Commands
 from fedproc.federated.lane import Batch, Deadline, Lane, missed
 from fedproc.federated.passing import call_there, see, take
+from fedproc.federated.supply import Supply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from fedproc.client.update import Task, Update
     from fedproc.federated.crew import Crew
 
-# Updates that a worker may have finished or queued beyond the one that is taken next: enough that
-# it never waits for the parent, few enough that memory does not grow with the cohort.
-_WINDOW_BYTES: Final = 64 << 20
-_WINDOW_LEAST: Final = 4
-_WINDOW_MOST: Final = 256
 # What was finished at the deadline is taken all the same; its worker answers at once.
 _GRACE_SECONDS: Final = 1.0
 
@@ -71,8 +67,7 @@ class Collector:
         self._homes: dict[str, str] = {}
         self._lanes: dict[str, Lane] = {}
         self._block_bytes = len(broadcast.block)
-        fitting = _WINDOW_BYTES // max(1, self._block_bytes)
-        self._window = min(_WINDOW_MOST, max(_WINDOW_LEAST, fitting))
+        self._supply = Supply(crew, tasks, self._losses, self._block_bytes)
 
     def runs(self) -> Iterator[Sequence[tuple[Task, Update | FedprocError]]]:
         """Yields every task with its update or with why there is none, in cohort order.
@@ -85,6 +80,8 @@ class Collector:
             NotShippableError: The model or the local training cannot be sent.
         """
         self._enqueue(list(self._tasks))
+        if self._lanes:
+            self._supply.ask(next(iter(self._lanes)), self._deadline)
         if self._crew.stacking.on is None:
             self._measure()
         order = deque(self._tasks)
@@ -126,7 +123,7 @@ class Collector:
     def _measure(self) -> None:
         """Lets one worker train its first clients in both ways, for nothing but the time."""
         name, lane = max(self._lanes.items(), key=lambda item: len(item[1].queue))
-        clients = list(lane.queue)[: self._crew.stacking.size(self._block_bytes)]
+        clients = self._supply.sample(lane)
         patience = Deadline(self._deadline.seconds and self._deadline.seconds / 2)
 
         def train(method: str) -> Updates:
@@ -146,28 +143,8 @@ class Collector:
     def _submit(self) -> None:
         """Keeps every worker supplied; one with nothing to do always gets something."""
         for name, lane in self._lanes.items():
-            while lane.queue and (not lane.batches or lane.on_the_way < self._window):
-                clients = self._next(lane)
-                stacked = bool(self._crew.stacking.on) and len(clients) > 1
-                method = "train_stack" if stacked else "train_some"
-                lane.submit(
-                    Batch(clients, self._commands.train(name, lane, clients, method), stacked)
-                )
-                for _ in clients:
-                    lane.queue.popleft()
-
-    def _next(self, lane: Lane) -> list[str]:
-        """Returns the clients of the next command of a worker."""
-        stacking = self._crew.stacking.on
-        size = self._crew.batch_size(self._block_bytes)
-        if self._deadline.seconds and not stacking:
-            size = 1  # so that as many as possible are done in time
-        clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
-        if stacking:
-            # who may have ended a worker trains alone: it takes nobody along if it does it again
-            lost = [place for place, client in enumerate(clients) if self._losses[client]]
-            return clients[: max(1, lost[0])] if lost else clients
-        return clients
+            while lane.queue and self._supply.has_room(lane):
+                self._supply.submit(name, lane, self._commands, self._deadline)
 
     # ---- taking
 
@@ -215,8 +192,8 @@ class Collector:
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
-        name, updates = self._homes[batch.clients[0]], result.unpacked(self._block_bytes)
-        for client, update in zip(batch.clients, updates, strict=True):
+        name = self._homes[batch.clients[0]]
+        for client, update in zip(batch.clients, result.unpacked(self._block_bytes), strict=True):
             if update is None:
                 promise = call_there(self._crew.trainer(name), "failure", client)
                 lane.submit(Batch([client], promise))
@@ -229,7 +206,7 @@ class Collector:
         if client in self._open:
             self._open.remove(client)
             self._arrived[client] = result
-            if not isinstance(result, FedprocError):
+            if not (self._crew.stacking.on or isinstance(result, FedprocError)):
                 self._crew.pace.learn(result.ended - result.began)
 
     # ---- losses and the deadline

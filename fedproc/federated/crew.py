@@ -47,6 +47,7 @@ class Crew:
 
     Attributes:
         data: The clients and where they are.
+        local: What a client does.
         pace: How long clients train.
         stacking: Whether they train at once.
     """
@@ -75,7 +76,7 @@ class Crew:
         """
         self.data = data
         self._model = model
-        self._local = local
+        self.local = local
         self._rule = rule
         self._trainer = trainer
         self._members: dict[str, _Member] = {}
@@ -99,10 +100,6 @@ class Crew:
             except WorkerLostError:  # one was lost while it was given the rows of another
                 if not self.restored():
                     raise
-
-    def batch_size(self, nbytes: int) -> int:
-        """Returns how many clients one command should train; their blocks have ``nbytes``."""
-        return self.stacking.size(nbytes) if self.stacking.on else self.pace.batch_size(nbytes)
 
     def last_step(self, name: str) -> int:
         """Returns the place in the cohort of who trains on a worker, also after its end."""
@@ -161,7 +158,7 @@ class Crew:
     def _make(self, worker: Worker, holding: Holding | None, trail: Trail) -> Any:
         threads = training_threads(self.data.cluster)
         least = self.data.cluster.min_rows if self.data.private else None
-        work = Work(self._local, self._rule, threads, str(worker.device), least)
+        work = Work(self.local, self._rule, threads, str(worker.device), least)
         blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers

@@ -8,86 +8,31 @@ the number of workers and the order of arrival, because the order of adding is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedproc.client import compiled
-from fedproc.client.weighing import add_weighted, exact_product
-from fedproc.memory.copying import fresh
+from fedproc.client.weighted_mean import WeightedMean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fedproc.client.layout import Layout, Section
 
-# Elements that torch folds at a time: the product (512 KiB) stays in the cache until it is added.
-_CHUNK: Final = 65536
-
 
 class Weighted(NamedTuple):
-    """An accepted update and what it weighs.
+    """An accepted update, or the mean of several, and what it weighs.
 
     Attributes:
         block: uint8, shape (nbytes,), finite values only.
-        weight: Weight of the client in the round, for the buffers.
+        weight: Weight of the client or clients in the round, for the buffers.
         mean_weight: Weight of its trained parameters, as the strategy wants it.
     """
 
     block: Tensor
     weight: float
     mean_weight: float
-
-
-class WeightedMean:
-    """A running weighted mean over float vectors that come in pieces of the same lengths."""
-
-    def __init__(self, numel: int) -> None:
-        """Starts with nothing added."""
-        self._sum = fresh(numel * 8).view(torch.float64)
-        self._weight = 0.0
-        self._is_empty = True
-        self._totals: tuple[Tensor, ...] = ()  # where each piece of a vector is added
-        self._room = torch.empty(0, dtype=torch.float64)
-
-    def add(self, pieces: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> None:
-        """Adds vectors, one after the other, each times its weight.
-
-        Args:
-            pieces: The first pieces of all vectors, then the second, and so on; at least one each.
-            weights: One per vector.
-        """
-        if self._is_empty:
-            self._totals = torch.split(self._sum, [values[0].numel() for values in pieces])
-        for values, total in zip(pieces, self._totals, strict=True):
-            if all(map(compiled.fits, values)):
-                compiled.add(total, values, weights, first=self._is_empty)
-            else:
-                self._add_in_torch(total, values, weights)
-        for weight in weights:
-            self._weight += weight
-        self._is_empty = False
-
-    def _add_in_torch(
-        self, total: Tensor, values: Sequence[Tensor], weights: Sequence[float]
-    ) -> None:
-        if self._is_empty:
-            total.zero_()
-        size = min(total.numel(), _CHUNK)
-        if len(self._room) < size:
-            self._room = torch.empty(size, dtype=torch.float64)
-        for piece, weight in zip(values, weights, strict=True):
-            exact = exact_product(weight, piece.dtype)
-            parts = zip(torch.split(piece, _CHUNK), torch.split(total, _CHUNK), strict=True)
-            for some, part in parts:
-                add_weighted(part, some, weight, self._room[: len(part)], exact=exact)
-
-    def result(self) -> Tensor:
-        """Returns the mean of what was added: float64, shape (numel,). Call it once, at the end."""
-        if self._is_empty:
-            self._sum.zero_()
-        return self._sum.div_(self._weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +105,7 @@ class Fold:
         Args:
             trained: The new trained parameters: float64, shape (parameters,).
         """
-        block = self._layout.new_block()
+        block = self._layout.room()
         cast_into(block, self._trained, trained)
         cast_into(block, self._buffers, self._buffer_mean.result())
         for section, values in zip(self._integers, self._largest, strict=True):

@@ -31,6 +31,7 @@ class Batch:
         clients: Their names, in cohort order.
         promise: What comes back: an update, or the updates of all.
         stacked: They train at once, so a loss hits all of them.
+        averaged: Their mean comes back, instead of a block of each.
         spent: A wait for it ran out, so it cannot be taken any more.
         unread: How many of its updates are still to be folded; the last one gives its memory back.
     """
@@ -38,8 +39,14 @@ class Batch:
     clients: Sequence[str]
     promise: Promise
     stacked: bool = False
+    averaged: bool = False
     spent: bool = False
     unread: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """How many come back."""
+        return 1 if self.averaged else len(self.clients)
 
     def finished(self) -> bool:
         """Whether it can be taken without waiting."""
@@ -66,23 +73,27 @@ class Lane:
     Attributes:
         queue: Not submitted yet, in cohort order.
         batches: Submitted, in the order of their commands.
-        on_the_way: Clients that were submitted and not taken.
+        on_the_way, blocks: Clients that were submitted and not taken, and blocks they come back in.
         sent: Pointers to the broadcast in that worker; None before it was sent.
     """
 
     queue: deque[str] = field(default_factory=deque)
     batches: deque[Batch] = field(default_factory=deque)
     on_the_way: int = 0
+    blocks: int = 0
     sent: tuple[Any, Any] | None = None
 
     def submit(self, batch: Batch) -> None:
         """Notes a batch that was submitted, of clients at the head of the queue or before it."""
         self.batches.append(batch)
         self.on_the_way += len(batch.clients)
+        self.blocks += batch.blocks
 
     def taken(self) -> None:
         """Forgets the first batch."""
-        self.on_the_way -= len(self.batches.popleft().clients)
+        batch = self.batches.popleft()
+        self.on_the_way -= len(batch.clients)
+        self.blocks -= batch.blocks
 
     def abandon(self) -> list[str]:
         """Gives up all batches.
@@ -94,7 +105,7 @@ class Lane:
         for batch in self.batches:
             batch.abandon()
         self.batches.clear()
-        self.on_the_way = 0
+        self.on_the_way = self.blocks = 0
         return [*submitted, *self.queue]
 
 

@@ -6,7 +6,7 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,33 +29,11 @@ if TYPE_CHECKING:
     from fedproc.federated.crew import Crew
     from fedproc.federated.mechanism import Ledger
     from fedproc.federated.private_fold import PrivateFold
-    from fedproc.federated.secure_aggregation import SecureAggregation
-    from fedproc.federated.strategies.contract import State, Strategy
+    from fedproc.federated.rules import Rules, Weigh
+    from fedproc.federated.strategies.contract import State
     from fedproc.federated.timeline import Timeline
 
     AnyFold = Fold | PrivateFold
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What does not change from round to round.
-
-    Attributes:
-        strategy: The server rule.
-        weigh: Rows of a client -> its weight.
-        seed: Seed of the run.
-        min_clients: Fewest accepted updates; with ``privacy`` any number will do.
-        retries, deadline: See :class:`fedproc.federated.collecting.Collector`.
-        secure: How rounds of :mod:`fedproc.federated.secure_round` are played; None in others.
-    """
-
-    strategy: Strategy
-    weigh: Callable[[int], float]
-    seed: int
-    min_clients: int
-    retries: int
-    deadline: float | None = None
-    secure: SecureAggregation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +119,15 @@ def play(
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
     """
     sizes = crew.data.sizes
-    tasks = tasks_of(start, sizes, rules.seed)
+    tasks = tasks_of(start, sizes, rules.seed, rules.weight_ahead(crew.stacking))
     shared = rules.strategy.shared(without_master(start.state))
-    fold = _fold(layout, rules, start)
     broadcast = Broadcast(start.block, shared, start.kept)
     collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline)
+    fold = _fold(layout, rules, start)
     tally = _fold_all(collector, rules, fold, sink, timeline)
     _require_quorum(start, tally, rules.min_clients)
     began = time.perf_counter()
-    new, state = _apply(layout, rules, start, fold, tally, len(crew.data.clients))
+    new, state = _apply(layout, rules, start, fold, tally, len(sizes))
     if timeline is not None:
         timeline.did("strategy", began)
     payload_bytes = layout.payload_bytes + len(shared) * layout.trained_bytes
@@ -175,11 +153,21 @@ def _fold(layout: Layout, rules: Rules, start: Start) -> AnyFold:
     return Fold(layout, keep_rows=rules.strategy.keeps_rows)
 
 
-def tasks_of(start: Start, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
-    """Makes the tasks of the drawn clients that have rows, in cohort order."""
+def tasks_of(
+    start: Start, sizes: Mapping[str, int], seed: int, weigh: Weigh | None = None
+) -> dict[str, Task]:
+    """Makes the tasks of the drawn clients that have rows, in cohort order.
+
+    Args:
+        start: What the round starts from.
+        sizes: Rows of each client.
+        seed: Seed of the run.
+        weigh: Rows of a client -> its weight in the mean that clients trained at once return; None:
+            they return their own models.
+    """
     clip_norm = None if start.ledger is None else start.ledger.clip_norm
     return {
-        client: Task(client, start.number, seed, place, clip_norm)
+        client: Task(client, start.number, seed, place, clip_norm, weigh and weigh(sizes[client]))
         for place, client in enumerate(start.cohort)
         if sizes[client]
     }
@@ -212,12 +200,13 @@ def _accepted(
     """Takes in the numbers of updates, or notes why one does not count."""
     clients: list[str] = []
     updates: list[Update] = []
+    weights: list[float] = []
     found: list[Weighted] = []
     for task, result in part:
         if isinstance(result, BaseException):
             tally.failures[task.client] = result
             continue
-        weight = 1.0 if rules.strategy.uniform else rules.weigh(result.examples)
+        weight = rules.weight(result.examples)
         first = tally.first or (updates[0] if updates else result)
         try:
             mean_weight = rules.strategy.mean_weight(weight, result, first)
@@ -227,8 +216,12 @@ def _accepted(
             continue
         clients.append(task.client)
         updates.append(result)
-        found.append(Weighted(result.block, weight, mean_weight))
-    tally.accept(clients, updates, [weighted.weight for weighted in found])
+        weights.append(weight)
+        if result.block_weight is None:
+            found.append(Weighted(result.block, weight, mean_weight))
+        elif result.block_weight:  # of all that trained at once
+            found.append(Weighted(result.block, result.block_weight, result.block_weight))
+    tally.accept(clients, updates, weights)
     return found
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fedproc.client.layout import Layout
-    from fedproc.federated.round import Outcome, Rules
+    from fedproc.federated.round import Outcome
+    from fedproc.federated.rules import Rules
 
     Play = Callable[..., Outcome]
     """Plays one round, such as :func:`fedproc.federated.round.play`."""

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from fedproc.errors import FedprocError
     from fedproc.events import Sink
     from fedproc.federated.crew import Crew
-    from fedproc.federated.round import Rules, Start
+    from fedproc.federated.round import Start
+    from fedproc.federated.rules import Rules
     from fedproc.federated.strategies.contract import State
     from fedproc.federated.timeline import Timeline
 

@@ -6,12 +6,13 @@ clients both ways, and the faster way is taken from then on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Final, Literal
 
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.vectorizable import require_vectorizable
-from fedproc.errors import CommandTimeoutError, WorkerLostError
+from fedproc.errors import CommandTimeoutError, FedprocError, WorkerLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,11 +38,14 @@ class Stacking:
 
     Attributes:
         on: Whether clients train at once; None while ``"auto"`` has not decided.
+        affine: Whether the mean of clients that take one step each needs one backward pass; None
+            while no trainer was asked.
     """
 
     def __init__(self, on: bool | None) -> None:
         """Starts with a choice, or with None, which :meth:`decide` makes."""
         self.on = on
+        self.affine: bool | None = None
 
     @classmethod
     def of(
@@ -72,12 +76,29 @@ class Stacking:
             return cls(on=False)
         return cls(on=True if wanted is True else None)
 
-    def size(self, nbytes: int) -> int:
+    def size(self, nbytes: int, *, together: bool = False) -> int:
         """Returns how many clients train at once whose blocks have ``nbytes``.
 
-        It depends on the model only, so that equal runs have equal stacks.
+        It depends on model and rows only, so that equal runs have equal stacks.
+
+        Args:
+            nbytes: Bytes of the model.
+            together: They take one step, of which only the mean is wanted: there are no copies.
         """
-        return max(1, min(_MOST_CLIENTS, _MOST_BYTES // max(1, nbytes)))
+        return (
+            _MOST_CLIENTS if together else max(1, min(_MOST_CLIENTS, _MOST_BYTES // max(1, nbytes)))
+        )
+
+    def is_affine(self, ask: Callable[[], bool]) -> bool:
+        """Tells what a trainer says of first steps; if it cannot tell now, the next is asked.
+
+        Args:
+            ask: Asks a trainer and waits for its answer.
+        """
+        if self.affine is None:
+            with contextlib.suppress(FedprocError):  # what is wrong comes up when clients train
+                self.affine = ask()
+        return bool(self.affine)
 
     def decide(self, train: Callable[[str], Updates]) -> None:
         """Measures both ways and chooses; does nothing if there is a choice.

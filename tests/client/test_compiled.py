@@ -13,7 +13,7 @@ from torch import nn
 from fedproc.client import averaging, compiled
 from fedproc.client.averaging import average_modules
 from fedproc.client.weighing import add_weighted, exact_product
-from fedproc.federated.fold import WeightedMean
+from fedproc.client.weighted_mean import WeightedMean
 
 needs_it = pytest.mark.skipif(not compiled.COMPILED, reason="built without a C compiler")
 rows = st.integers(1, 2**31).map(float)

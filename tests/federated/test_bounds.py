@@ -10,7 +10,7 @@ from torch import nn
 
 from fedproc.client.update import Update
 from fedproc.cluster.cluster import Cluster
-from fedproc.federated import collecting, holding
+from fedproc.federated import holding, supply
 from fedproc.federated.aggregator import Aggregator
 from fedproc.federated.data import FederatedDataset, federate
 from fedproc.federated.lane import Lane, Pace
@@ -91,7 +91,7 @@ class Counting(FedAvg):
 @pytest.fixture
 def ahead(monkeypatch):
     """Small bounds; returns how far each worker was ahead of the fold after each submission."""
-    monkeypatch.setattr(collecting, "_WINDOW_MOST", WINDOW)
+    monkeypatch.setattr(supply, "_WINDOW_MOST", WINDOW)
     monkeypatch.setattr(Pace, "batch_size", lambda self, nbytes: BATCH)
     seen, submit = [], Lane.submit
 

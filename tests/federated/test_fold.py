@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedproc.client.layout import Layout
-from fedproc.federated.fold import Fold, Weighted, WeightedMean
+from fedproc.client.weighted_mean import WeightedMean
+from fedproc.federated.fold import Fold, Weighted
 
 
 def blocks_of(models):

@@ -1,0 +1,99 @@
+"""How many clients a worker is given at a time, and whether they train at once. In the parent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from fedproc.client.training import LocalTraining
+from fedproc.federated.lane import Batch
+from fedproc.federated.passing import call_there, take
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedproc.client.update import Task
+    from fedproc.federated.commanding import Commands
+    from fedproc.federated.crew import Crew
+    from fedproc.federated.lane import Deadline, Lane
+
+# Updates that a worker may have finished or queued beyond the one that is taken next: enough that
+# it never waits for the parent, few enough that memory does not grow with the cohort.
+_WINDOW_BYTES: Final = 64 << 20
+_WINDOW_LEAST: Final = 4
+_WINDOW_MOST: Final = 256
+
+
+class Supply:
+    """Takes the next clients of a worker from its lane.
+
+    Attributes:
+        together: Whether clients take one step each, of which only the mean is wanted.
+    """
+
+    def __init__(
+        self, crew: Crew, tasks: Mapping[str, Task], losses: Mapping[str, int], nbytes: int
+    ) -> None:
+        """Starts a round.
+
+        Args:
+            crew: The trainers.
+            tasks: Client -> its task.
+            losses: Client -> how often its worker was lost while it trained.
+            nbytes: Bytes of a block.
+        """
+        self._crew = crew
+        self._tasks = tasks
+        self._losses = losses
+        self._nbytes = nbytes
+        self._blocks = max(_WINDOW_LEAST, _WINDOW_BYTES // max(1, nbytes))
+        self.together = False
+
+    def ask(self, name: str, deadline: Deadline) -> None:
+        """Finds out whether one step can be taken for many clients; a worker is asked once."""
+        local, sizes = self._crew.local, self._crew.data.sizes
+        if self._crew.stacking.on is False or not isinstance(local, LocalTraining):
+            return
+        if any(task.weight is None for task in self._tasks.values()):
+            return
+        if local.steps(max(sizes[client] for client in self._tasks)) == 1:
+            self.together = self._crew.stacking.is_affine(
+                lambda: take(
+                    call_there(self._crew.trainer(name), "takes_affine_steps"), deadline.left()
+                )
+            )
+
+    def has_room(self, lane: Lane) -> bool:
+        """Whether a worker may have more; one with nothing to do always may."""
+        return not lane.batches or (
+            lane.on_the_way < _WINDOW_MOST and lane.blocks < min(_WINDOW_MOST, self._blocks)
+        )
+
+    def sample(self, lane: Lane) -> list[str]:
+        """Returns the clients that show which way is faster."""
+        size = self._crew.stacking.size(self._nbytes)
+        return list(lane.queue)[: max(2, size) if self.together else size]
+
+    def submit(self, name: str, lane: Lane, commands: Commands, deadline: Deadline) -> None:
+        """Gives a worker its next clients."""
+        clients = self._next(lane, deadline)
+        stacked = bool(self._crew.stacking.on) and len(clients) > 1
+        averaged = stacked and self._tasks[clients[0]].weight is not None
+        promise = commands.train(name, lane, clients, "train_stack" if stacked else "train_some")
+        lane.submit(Batch(clients, promise, stacked, averaged))
+        for _ in clients:
+            lane.queue.popleft()
+
+    def _next(self, lane: Lane, deadline: Deadline) -> list[str]:
+        stacking = self._crew.stacking
+        if stacking.on:
+            size = stacking.size(self._nbytes, together=self.together)
+        elif deadline.seconds:
+            size = 1  # so that as many as possible are done in time
+        else:
+            size = self._crew.pace.batch_size(self._nbytes)
+        clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
+        if stacking.on:
+            # who may have ended a worker trains alone: it takes nobody along if it does it again
+            lost = [place for place, client in enumerate(clients) if self._losses[client]]
+            return clients[: max(1, lost[0])] if lost else clients
+        return clients
