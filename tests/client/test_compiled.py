@@ -157,6 +157,30 @@ def test_a_fold_of_pieces_of_several_kinds_has_the_bits_of_torch_alone(monkeypat
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("of", [lambda m: m, lambda m: m[:, 3:], lambda m: m[1:], lambda m: m.t()])
+def test_the_rows_of_a_matrix_are_added_like_vectors(dtype, rows, of, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    matrix = of(torch.randn(rows + 1, rows + 1, generator=generator).to(dtype))
+    weights = [0.1 * place + 1 / 3 for place in range(len(matrix))]
+    results = []
+    for is_compiled in {compiled.COMPILED, False}:
+        monkeypatch.setattr(compiled, "COMPILED", is_compiled)
+        for values in (matrix, list(matrix.clone())):
+            mean = WeightedMean(matrix.shape[1])
+            mean.add([values], weights)
+            results.append(mean.result())
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@needs_it
+def test_rows_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"rows of \(2, 3\) have not 4 elements"):
+        compiled.add(torch.zeros(4, dtype=torch.float64), torch.ones(2, 3), [1.0, 1.0], first=True)
+
+
 def test_the_mean_of_nothing_is_not_a_number():
     assert WeightedMean(2).result().isnan().all()
 

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedproc.client import layout as layouts
 from fedproc.client.layout import Layout
 
 
@@ -31,6 +32,16 @@ def test_what_was_packed_comes_back_whatever_the_strides():
     layout.unpack(block, layout.tensors(target))
     assert values(target) == values(model())
     assert target[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_between_sections_a_block_that_is_to_be_filled_is_zeros(monkeypatch):
+    monkeypatch.setattr(layouts, "fresh", lambda n: torch.full((n,), 255, dtype=torch.uint8))
+    layout = Layout.of(model())
+    room, whole = layout.room(), layout.new_block()
+    for block in (room, whole):
+        layout.pack(layout.tensors(model()), block)
+    assert room.shape == whole.shape == (layout.nbytes,)
+    assert torch.equal(room, whole)
 
 
 def test_sections_are_trained_first_and_aligned():

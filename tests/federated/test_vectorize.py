@@ -26,6 +26,7 @@ SIZES = [12, 9, 6, 15, 1, 8, 10, 33, 7]
 momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 adam = functools.partial(torch.optim.Adam, lr=0.01)
 LOCAL = LocalTraining(cross_entropy, sgd, batch_size=4, epochs=2)
+ONE_STEP = LocalTraining(cross_entropy, sgd, batch_size=None)
 
 
 def mlp():
@@ -176,33 +177,38 @@ def test_a_model_is_refused_in_its_first_round(anywhere):
 # ---------------------------------------------------------------- failures
 
 
-def test_nan_rows_of_one_client_touch_no_other(anywhere):
+@pytest.fixture(params=[LOCAL, ONE_STEP], ids=["several-steps", "one-step"])
+def local(request):
+    return request.param
+
+
+def test_nan_rows_of_one_client_touch_no_other(anywhere, local):
     pieces = shards(SIZES)
     broken = {name: (x.clone(), y) for name, (x, y) in pieces.items()}
     broken["d"][0][3] = math.nan
-    ours = run(anywhere, data=broken, vectorize=True, rounds=1)
+    ours = run(anywhere, local, data=broken, vectorize=True, rounds=1)
     (record,) = ours.history
     assert list(record.failures) == ["d"]
     assert isinstance(record.failures["d"], FloatingPointError)
     assert "the loss is nan at step" in str(record.failures["d"])
-    require_same(ours, run(anywhere, data=broken, rounds=1))
+    require_same(ours, run(anywhere, local, data=broken, rounds=1))
 
 
-def test_rows_that_raise_fail_for_their_client_only(anywhere):
+def test_rows_that_raise_fail_for_their_client_only(anywhere, local):
     pieces = shards(SIZES)
     broken = {name: (x, y.clone()) for name, (x, y) in pieces.items()}
     broken["h"][1][30] = 3
-    ours = run(anywhere, data=broken, vectorize=True, rounds=1)
+    ours = run(anywhere, local, data=broken, vectorize=True, rounds=1)
     (record,) = ours.history
     assert list(record.failures) == ["h"]
     assert isinstance(record.failures["h"], IndexError)
-    require_same(ours, run(anywhere, data=broken, rounds=1))
+    require_same(ours, run(anywhere, local, data=broken, rounds=1))
 
 
-def test_all_failed_is_a_quorum_error(anywhere):
+def test_all_failed_is_a_quorum_error(anywhere, local):
     data = {name: (x * math.nan, y) for name, (x, y) in shards(SIZES).items()}
     with pytest.raises(QuorumError) as caught:
-        run(anywhere, data=data, vectorize=True)
+        run(anywhere, local, data=data, vectorize=True)
     assert len(caught.value.failures) == len(SIZES)
 
 
@@ -231,41 +237,41 @@ def poisoned():
     return pieces
 
 
-def play(cluster, model, **options):
+def play(cluster, model, local, **options):
     data = FederatedDataset(poisoned(), cluster)
     model.layer = linear()
-    aggregator = Aggregator(model, data, LOCAL, vectorize=True, **options)
+    aggregator = Aggregator(model, data, local, vectorize=True, **options)
     return aggregator, aggregator.run_round()
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_lost_worker_costs_no_client(tmp_path, restart):
+def test_a_lost_worker_costs_no_client(tmp_path, restart, local):
     (tmp_path / "never").touch()
     with Cluster(2, restart=restart) as cluster:
-        ours, record = play(cluster, Killing(str(tmp_path / "died")))
+        ours, record = play(cluster, Killing(str(tmp_path / "died")), local)
         assert (tmp_path / "died").exists()
         assert record.failures == {}
     with Cluster(1) as cluster:
-        expected, _ = play(cluster, Killing(str(tmp_path / "never")))
+        expected, _ = play(cluster, Killing(str(tmp_path / "never")), local)
     torch.testing.assert_close(values(ours), values(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.faults
-def test_a_client_that_kills_every_worker_takes_nobody_along():
+def test_a_client_that_kills_every_worker_takes_nobody_along(local):
     with Cluster(2, restart=True) as cluster:
-        _, record = play(cluster, Killing())
+        _, record = play(cluster, Killing(), local)
         assert list(record.failures) == ["c"]
         assert isinstance(record.failures["c"], WorkerLostError)
         assert len(record.accepted) == len(SIZES) - 1
 
 
 @pytest.mark.faults
-def test_without_retries_all_who_trained_at_once_are_lost():
+def test_without_retries_all_who_trained_at_once_are_lost(local):
     with Cluster(2, restart=True) as cluster:
         data = FederatedDataset(poisoned(), cluster)
         lost = {c for c in data.clients if data.worker_of(c) is data.worker_of("c")}
-        _, record = play(cluster, Killing(), retries=0)
+        _, record = play(cluster, Killing(), local, retries=0)
         assert set(record.failures) == lost
 
 
