@@ -18,7 +18,7 @@ from fedproc.memory.copying import fresh
 from fedproc.memory.lending import lendable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -139,9 +139,13 @@ class Layout:
         """Allocates a block: uint8, shape (nbytes,), zeros."""
         return fresh(self.nbytes).zero_()
 
-    def room(self) -> Tensor:
-        """Allocates a block all of whose sections will be written; the rest is zeros."""
-        return self._with_gaps(fresh(self.nbytes)[None])[0]
+    def room(self, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
+        """Allocates a block all of whose sections will be written; the rest is zeros.
+
+        Args:
+            allocate: Bytes -> memory (uint8, 1-d); None: it is this process's own.
+        """
+        return self._with_gaps((allocate or fresh)(self.nbytes)[None])[0]
 
     def new_blocks(self, count: int, *, secret: bool = False) -> Tensor:
         """Allocates blocks as rows: uint8, shape (count, at least nbytes), rows aligned.

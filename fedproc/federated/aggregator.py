@@ -227,7 +227,7 @@ class Aggregator:
         require_open(self.data.cluster, "evaluate")
         self._course.refresh()
         return evaluation.evaluate(
-            self._crew, self._global.block(), EvaluationRows(data), loss, metrics
+            self._crew, self._course.block(), EvaluationRows(data), loss, metrics
         )
 
     def evaluate_clients(self) -> dict[str, Evaluation]:
@@ -238,7 +238,7 @@ class Aggregator:
         """
         require_open(self.data.cluster, "evaluate_clients")
         self._course.refresh()
-        return evaluation.evaluate_clients(self._crew, self._global.block())
+        return evaluation.evaluate_clients(self._crew, self._course.block())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint; an older file is replaced as a whole, or stays as it is.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,15 @@ from fedproc.events import RoundFinished, RoundStarted, Sink
 from fedproc.federated import evaluation
 from fedproc.federated.checkpoint import Identity, Saved
 from fedproc.federated.history import History, RoundRecord
+from fedproc.federated.passing import readable
 from fedproc.federated.round import Outcome, Start
 from fedproc.federated.rules import Rules
 from fedproc.federated.sampling import draw_cohort
 from fedproc.federated.traffic import Traffic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedproc.federated.crew import Crew
     from fedproc.federated.evaluation import EvaluationRows
     from fedproc.federated.global_model import GlobalModel
@@ -91,8 +95,7 @@ class Course:
         number = self.round + 1
         cohort = self._draw(number)
         sink(RoundStarted(number, last, len(cohort)))
-        block = self._global.block()
-        start = Start(number, cohort, block, self.state, self.kept, self.ledger)
+        start = Start(number, cohort, self.block(), self.state, self.kept, self.ledger)
         outcome = self._computed(start, sink, timeline)
         seconds, messages = time.perf_counter() - started, traffic.since()
         record = outcome.record(start, seconds=seconds, message_bytes=messages)
@@ -103,7 +106,7 @@ class Course:
             self._commit()
             raise
         if rows is not None:
-            found = evaluation.evaluate(self._crew, self._global.block(), rows, None, None)
+            found = evaluation.evaluate(self._crew, self.block(), rows, None, None)
             record = replace(record, evaluation=found)
             self.history.replace_last(record)
         accuracy = record.evaluation.accuracy if record.evaluation else None
@@ -119,6 +122,10 @@ class Course:
             if isinstance(error, QuorumError):
                 self._crew.dismiss()  # a trainer that could not be made must not stay
             raise
+
+    def block(self) -> Tensor:
+        """Returns the model as it is now, in flat form, for all workers to read."""
+        return self._global.block(partial(readable, self._crew.data.cluster))
 
     def refresh(self) -> None:
         """Notices what the user did to the model since the last round."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from fedproc.client.layout import Layout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 
@@ -32,9 +34,9 @@ class GlobalModel:
         self.module = copy.deepcopy(given)
         self._frozen = self._frozen_versions()
 
-    def block(self) -> Tensor:
-        """Returns the values as they are now, in flat form."""
-        return self.layout.pack(self.layout.tensors(self.module), self.layout.room())
+    def block(self, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
+        """Returns the values as they are now, in flat form; ``allocate``: see ``Layout.room``."""
+        return self.layout.pack(self.layout.tensors(self.module), self.layout.room(allocate))
 
     def load(self, block: Tensor, before: Tensor) -> None:
         """Takes over values in flat form, all of them or none: else those that were ``before``."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedproc.errors import FedprocError
+from fedproc.memory.copying import fresh
+from fedproc.memory.lending import room_in
 from fedproc.remote import reading
 from fedproc.remote.calls import run_there
 from fedproc.remote.pending import PendingPointer
@@ -21,7 +23,10 @@ from fedproc.remote.worker import put
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from fedproc.client.update import Update, Updates
+    from fedproc.cluster.cluster import Cluster
     from fedproc.remote.link import Link
     from fedproc.remote.outbox import Borrow
     from fedproc.remote.worker import Worker
@@ -40,6 +45,14 @@ class Promise:
     pointer: PendingPointer
     link: Link
     query: Borrow
+
+
+def readable(cluster: Cluster, nbytes: int) -> Tensor:
+    """Allocates memory (uint8, 1-d, uninitialised) that all workers read where it is.
+
+    Sending it copies nothing in this process. It may not be written to once it was sent.
+    """
+    return fresh(nbytes) if cluster.closed else room_in(cluster._supervisor.arena, nbytes)
 
 
 def send_along(worker: Worker, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""New memory that a worker can lend without a copy: in its arena. Runs in parent and workers.
+"""New memory that other processes can read where it is: in an arena. Runs in parent and workers.
 
 Code that knows nothing of workers asks here, too; outside a worker it gets ordinary memory.
 """
@@ -33,6 +33,13 @@ def lendable(nbytes: int) -> torch.Tensor:
         ArenaFullError: there is no room for it.
     """
     arena = _home.arena
-    if arena is None or nbytes < INLINE_BYTES:
+    if arena is None:
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+    return room_in(arena, nbytes)
+
+
+def room_in(arena: Arena, nbytes: int) -> torch.Tensor:
+    """Such memory in the arena of this process; errors as of ``lendable``."""
+    if nbytes < INLINE_BYTES:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     return torch.from_numpy(arena.lease(arena.allocate(nbytes)))

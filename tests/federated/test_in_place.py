@@ -101,3 +101,27 @@ def test_failures_in_the_history_hold_nothing_of_their_rounds(transport):
         aggregator.run(8)
         assert all(list(record.failures) == ["c"] for record in aggregator.history)
         assert nothing_is_held(cluster)
+
+
+def test_all_workers_read_one_copy_of_the_model(transport, monkeypatch):
+    with fp.Cluster(3, transport=transport) as cluster:
+        data = fp.FederatedDataset(shards((8, 9, 10, 11, 12)), cluster)
+        aggregator = fp.Aggregator(large(), data, LOCAL)
+        aggregator.run(1)
+        size = 4 * sum(p.numel() for p in aggregator.model.parameters())
+        arena = cluster._supervisor.arena
+        allocated, allocate = [], arena.allocate
+
+        def noting(nbytes):
+            allocated.append(nbytes)
+            return allocate(nbytes)
+
+        monkeypatch.setattr(arena, "allocate", noting)
+        before = bits(aggregator.model)
+        aggregator.run(2)
+        aggregator.evaluate(shards((8,))["a"])
+        assert [nbytes for nbytes in allocated if nbytes >= size] == [size] * 3
+        assert bits(aggregator.model) != before
+        gc.collect()
+        cluster.wait()
+        assert arena.used_bytes < size  # blocks end with what shows them
