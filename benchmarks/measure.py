@@ -86,6 +86,20 @@ def paired(
     return samples
 
 
+def plain_python() -> float:
+    """Seconds of a loop that nothing of ours is in: how quick a core is at this moment.
+
+    On a shared machine it swings by a factor of two. A limit in microseconds cannot be judged without.
+    """
+
+    def turns() -> None:
+        total = 0
+        for number in range(10_000):
+            total += number * number % 7
+
+    return seconds_of(turns)
+
+
 def machine() -> dict[str, object]:
     """What the numbers were taken on and with."""
     return {

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 
 import fedproc as fp
-from benchmarks.measure import ROOT, Row, main, paired, ratio, row, seconds_of
+from benchmarks.measure import ROOT, Row, main, paired, plain_python, ratio, row, seconds_of
 from benchmarks.peers.peer import Peer, peers
 
 MICROSECONDS = 1e6
@@ -91,6 +91,7 @@ def benchmark(quick: bool) -> list[Row]:
         )
         flowing = paired(
             runs,
+            python=plain_python,
             done=lambda: pipelined(cluster, worker, many),
             home=lambda: pipelined_home(worker, many),
             adds=lambda: chained_adds(remote_four, many),
@@ -102,6 +103,8 @@ def benchmark(quick: bool) -> list[Row]:
         ratio("  against the bare pipe", blocking["item"], blocking["pipe"]),
         row("worker.run(abs, -7).get()", "us", blocking["run_get"], scale=MICROSECONDS),
         ratio("  against the bare pipe", blocking["run_get"], blocking["pipe"]),
+        row("plain Python between the next four", "us", flowing["python"], scale=MICROSECONDS),
+        row("  when it was quickest", "us", [min(flowing["python"])], scale=MICROSECONDS),
         row(f"{many:,} calls pipelined, each", "us", flowing["done"], scale=MICROSECONDS),
         row("  with their results brought home", "us", flowing["home"], scale=MICROSECONDS),
         row(f"{many:,} chained adds of 4 floats, each", "us", flowing["adds"], scale=MICROSECONDS),
