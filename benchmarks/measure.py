@@ -89,7 +89,7 @@ def paired(
 def plain_python() -> float:
     """Seconds of a loop that nothing of ours is in: how quick a core is at this moment.
 
-    On a shared machine it swings by a factor of two. A limit in microseconds cannot be judged without.
+    On a shared machine that swings by a factor of two, and with it everything in microseconds.
     """
 
     def turns() -> None:
