@@ -188,6 +188,11 @@ class Layout:
         columns = [section.columns(blocks).unbind() for section in self.sections]
         return list(zip(*columns, strict=True))
 
+    def trained_rows(self, blocks: Tensor) -> Tensor:
+        """Views the trained parameters, of one dtype, in blocks: (blocks, parameters)."""
+        (section,) = self.of_kind("trained")
+        return section.columns(blocks)
+
     def pieces(self, block: Tensor) -> list[Tensor]:
         """Views ``block`` as tensors of the model's shapes, of all sections, in their order."""
         found = []

@@ -131,6 +131,26 @@ class Orders:
                 weights=weights.to(like.device, like.dtype),
             )
 
+    def as_given(self, values: Tensor) -> Tensor:
+        """Puts the rows of a matrix, one per client, into the order of the clients as given."""
+        if self.sorted == sorted(self.sorted):
+            return values
+        places = torch.tensor(self.sorted, device=values.device).argsort()
+        return values.index_select(0, places)
+
+
+def first_batches(
+    starts: Sequence[int], sizes: Sequence[int], local: LocalTraining, seeds: Sequence[int]
+) -> list[Tensor]:
+    """Draws the rows of the first batch of each client; arguments as of :class:`Orders`."""
+    generator, batches = torch.Generator(), []
+    for start, size, seed in zip(starts, sizes, seeds, strict=True):
+        if local.shuffle:
+            generator.manual_seed(seed)
+        (order,) = _epochs(size, 1, local, generator)
+        batches.append(order[: local.batch_size] + start)
+    return batches
+
 
 def _epochs(
     size: int, epochs: int, local: LocalTraining, generator: torch.Generator

@@ -4,6 +4,9 @@ Runs in workers. FedSGD (McMahan et al. 2017, section 2): all clients start from
 a step of SGD is an affine map of the gradient, so the mean of their steps is the step by the mean
 of their gradients. That mean is the gradient of one weighted sum over the rows of all: the model is
 read once for many clients, and no copy of it is made.
+
+It holds where the backward pass is linear. Code of users could clip what flows back, so this is for
+models and losses whose code is known to compute only.
 """
 
 from __future__ import annotations
@@ -12,17 +15,16 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from fedproc.client.stepping import is_observed
+from fedproc.client.stepping import is_observed, step_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
-    from fedproc.client.orders import Step
     from fedproc.client.row_loss import RowLosses
     from fedproc.client.rules import LocalRule
-    from fedproc.client.training import LocalTraining
+    from fedproc.client.training import LocalTraining, OptimizerFactory
 
 # Rows of one pass, as long as no client has more: products of matrices have reached the speed of
 # the processor by then, and what the backward pass keeps stays small.
@@ -48,70 +50,112 @@ def is_affine(
     )
 
 
-class MeanGradient:
-    """Adds the gradients of clients up in ``.grad`` of a model's parameters, each with a weight."""
+class SharedStep:
+    """One step for many clients, from the values of a model, which stays as it is."""
 
     def __init__(
-        self, model: nn.Module, row_losses: RowLosses, rows: tuple[Tensor, Tensor]
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        row_losses: RowLosses,
+        *,
+        mean: bool,
     ) -> None:
         """Keeps the parts; computes nothing.
 
         Args:
             model: At the values that all clients start from, in train mode, without gradients.
+            parameters: Those that are trained.
             row_losses: Outputs, targets -> the loss of each row.
-            rows: Inputs (rows, ...) and targets (rows, ...) of all clients.
+            mean: The loss of a batch is the mean of its rows, not their sum.
         """
         self._model = model
+        self._parameters = parameters
         self._row_losses = row_losses
-        self._x, self._y = rows
+        self._mean = mean
 
-    def of(self, step: Step, weights: Sequence[float]) -> Tensor:
-        """Leaves the weighted mean of the gradients in ``.grad``.
+    def gradient(
+        self, rows: tuple[Tensor, Tensor], batches: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        """Leaves the weighted mean of the gradients in ``.grad`` of the parameters.
 
         A client whose loss is not finite is left out.
 
         Args:
-            step: The only batch of each client.
-            weights: One per client.
+            rows: Inputs (rows, ...) and targets (rows, ...) of all clients.
+            batches: The rows of the batch of each client.
+            weights: One per client, above 0.
 
         Returns:
             The loss of each client: float64, shape (clients,).
         """
-        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-        index = step.index.view(step.clients, step.width)
-        each = max(1, _ROWS // step.width)
-        losses = torch.empty(step.clients, dtype=torch.float64)
-        for start in range(0, step.clients, each):
-            part = slice(start, start + each)
-            losses[part] = self._add(index[part], step.weights[part], shares[part])
+        # What flows back is at least as large as for each client alone: none loses digits (half
+        # precision inside of a model), and one that overflows alone does so here.
+        factors = torch.tensor(weights, dtype=torch.float64) / min(weights)
+        losses = torch.empty(len(batches), dtype=torch.float64)
+        for part in _passes(batches):
+            losses[part] = self._add(rows, batches[part], factors[part])
         finite = torch.isfinite(losses)
-        if bool(finite.any()) and not bool(finite.all()):  # the others are all there is
-            for parameter in self._model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(float(shares[finite].sum()))
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(float(factors[finite].sum()))
         return losses
 
-    def _add(self, index: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
-        """Adds the gradients of some clients; returns their losses.
+    def _add(
+        self, rows: tuple[Tensor, Tensor], batches: Sequence[Tensor], factors: Tensor
+    ) -> Tensor:
+        """Adds the gradients of some clients, each times its factor; returns their losses."""
+        x, y = rows
+        counts = torch.tensor([len(batch) for batch in batches])
+        index = torch.cat(list(batches)).to(x.device)
+        outputs = self._model(x.index_select(0, index))
+        of_rows = self._row_losses(outputs, y.index_select(0, index))
+        if self._mean:
+            of_rows = of_rows / counts.repeat_interleave(counts).to(of_rows)
+        client = torch.arange(len(batches)).repeat_interleave(counts)
+        losses = torch.zeros(len(batches), dtype=torch.float64)
+        losses.index_add_(0, client, of_rows.detach().cpu().double())
+        finite = torch.isfinite(losses)
+        if bool(finite.all()):
+            weighted = of_rows * factors.repeat_interleave(counts).to(of_rows)
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
+        elif bool(finite.any()):
+            # the rows of the others would spoil all gradients, also with weight 0
+            left = torch.nonzero(finite).flatten().tolist()
+            losses[finite] = self._add(rows, [batches[n] for n in left], factors[finite])
+        return losses
 
-        Args:
-            index: Rows of each batch, padded: (clients, width).
-            weights: What the loss of each row counts in that of its batch, padding 0: the same.
-            shares: Of the clients in the mean: float64, (clients,).
+    def take(self, values: Tensor, factory: OptimizerFactory) -> torch.optim.Optimizer:
+        """Takes the step of the gradients in ``values`` (parameters,); forgets the gradients.
+
+        Returns:
+            The optimizer that took it.
         """
-        counts = weights > 0
-        place = torch.arange(len(index), device=index.device)[:, None].expand_as(index)[counts]
-        chosen, of_row = index[counts], weights[counts]
-        outputs = self._model(self._x.index_select(0, chosen))
-        of_loss = self._row_losses(outputs, self._y.index_select(0, chosen)) * of_row
-        losses = torch.zeros(len(index), dtype=torch.float64)
-        losses.index_add_(0, place.cpu(), of_loss.detach().cpu().double())
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
-            # their rows would spoil the gradients of the others, also with weight 0
-            if bool(finite.any()):
-                here = finite.to(index.device)
-                losses[finite] = self._add(index[here], weights[here], shares[finite])
-            return losses
-        (of_loss * shares.to(of_loss)[place]).sum().backward()  # type: ignore[no-untyped-call]
-        return losses
+        pieces = torch.split(values, [parameter.numel() for parameter in self._parameters])
+        stepping = []
+        for parameter, piece in zip(self._parameters, pieces, strict=True):
+            stepping.append(torch.nn.Parameter(piece.view(parameter.shape)))
+            if parameter.grad is not None:  # fused kernels go along both as they lie
+                stepping[-1].grad = parameter.grad.contiguous()
+            parameter.grad = None
+        optimizer = factory(stepping)
+        step_of(optimizer)()
+        return optimizer
+
+
+def is_sound(values: Tensor, weights: Sequence[float]) -> bool:
+    """Tells whether no client's part of a mean (parameters,) can have been out of range."""
+    most = torch.finfo(values.dtype).max * min(weights) / sum(weights)
+    low, high = torch.aminmax(values)
+    return bool(low > -most) and bool(high < most)  # of NaN neither
+
+
+def _passes(batches: Sequence[Tensor]) -> Iterator[slice]:
+    """Cuts clients into runs of at most so many rows, or of one client."""
+    start = rows = 0
+    for place, batch in enumerate(batches):
+        if place > start and rows + len(batch) > _ROWS:
+            yield slice(start, place)
+            start, rows = place, 0
+        rows += len(batch)
+    yield slice(start, len(batches))

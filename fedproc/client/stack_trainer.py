@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.shards import Shards
 from fedproc.client.training import LocalTraining, non_finite_update
 from fedproc.client.update import Task, Update
-from fedproc.client.vectorized import Stacks
+from fedproc.client.vectorized import Stacks, Trained
 from fedproc.client.weighted_mean import WeightedMean
 
 if TYPE_CHECKING:
@@ -104,19 +104,25 @@ class StackTrainer:
         """
         began = time.perf_counter()
         stack = _Stack(self._stacks, tasks, [self._place_of(task.client) for task in tasks], known)
-        groups = [group for members in stack.alike() for group in stack.train(members)]
         results: list[Update | BaseException | None] = [None] * len(tasks)
-        for group in groups:
+        layout, mean = self._layout, _Mean(self._layout.trained_numel)
+        averaged = tasks[0].weight is not None
+        blocks = None if averaged else self._new_blocks(block, tasks, len(tasks))
+        for group in stack.train_all():
             self._reject_non_finite(block, tasks, group)
             for place, result in zip(group.places, group.results, strict=True):
                 results[place] = result
+            if blocks is None:  # one after the other: many of large models would fill the memory
+                mean.add(tasks, group)
+            else:
+                places = torch.tensor(group.places)
+                layout.trained_rows(blocks).index_copy_(0, places, group.values.cpu())
         _share_time(results, began)
         rows = list[int | None](range(len(tasks)))
-        if tasks[0].weight is None:
-            blocks = self._rows(block, tasks, groups)
-        else:
+        if blocks is None:
             rows = _share_mean(tasks, results)
-            blocks = self._mean(block, tasks, groups, results.count(None))
+            blocks = self._new_blocks(block, tasks, 1 + results.count(None))
+            mean.write(layout.trained_rows(blocks)[0])
         failures = {
             task.client: result
             for task, result in zip(tasks, results, strict=True)
@@ -141,38 +147,6 @@ class StackTrainer:
             if where is not None and isinstance(group.results[place], Update):
                 group.results[place] = non_finite_update(tasks[group.places[place]], where)
 
-    def _rows(self, block: Tensor, tasks: Sequence[Task], groups: Sequence[_Group]) -> Tensor:
-        """Lays the models out, each client's in the row of its place."""
-        blocks = self._new_blocks(block, tasks, len(tasks))
-        for group in groups:
-            self._trained(blocks).index_copy_(0, torch.tensor(group.places), group.values.cpu())
-        return blocks
-
-    def _mean(
-        self, block: Tensor, tasks: Sequence[Task], groups: Sequence[_Group], others: int
-    ) -> Tensor:
-        """Lays their mean out in the first row; ``others`` more are left to be written."""
-        blocks = self._new_blocks(block, tasks, 1 + others)
-        mean = WeightedMean(self._layout.trained_numel)
-        parts = []
-        for group in groups:
-            done = [n for n, result in enumerate(group.results) if isinstance(result, Update)]
-            weights = [tasks[group.places[n]].weight or 0.0 for n in done]
-            if not done:
-                continue
-            if group.is_mean:
-                parts.append((group.values, [math.fsum(weights)]))
-            else:
-                whole = len(done) == len(group.results)
-                parts.append((group.values if whole else group.values[done], weights))
-        if len(parts) == 1 and len(parts[0][1]) == 1:
-            self._trained(blocks)[0] = parts[0][0][0]
-            return blocks
-        for values, weights in parts:
-            mean.add([values.cpu()], weights)
-        self._trained(blocks)[0] = mean.result()
-        return blocks
-
     def _new_blocks(self, block: Tensor, tasks: Sequence[Task], count: int) -> Tensor:
         """Allocates blocks with the buffers of the global model, which no client changes."""
         (section,) = self._layout.of_kind("trained")
@@ -181,10 +155,44 @@ class StackTrainer:
         blocks[:, rest] = block[rest].cpu()
         return blocks
 
-    def _trained(self, blocks: Tensor) -> Tensor:
-        """Returns the trained parameters in blocks: (blocks, parameters), without a copy."""
-        (section,) = self._layout.of_kind("trained")
-        return section.columns(blocks)
+
+class _Mean:
+    """The running mean of groups; a vector that is the only one is not added up."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+        self._only: tuple[Tensor, list[float]] | None = None
+        self._mean: WeightedMean | None = None
+
+    def add(self, tasks: Sequence[Task], group: _Group) -> None:
+        """Adds the clients of a group that did not fail, by the weights of their tasks."""
+        done = [n for n, result in enumerate(group.results) if isinstance(result, Update)]
+        if not done:
+            return
+        weights = [tasks[group.places[n]].weight or 0.0 for n in done]
+        values = group.values.cpu()
+        if group.is_mean:
+            weights = [math.fsum(weights)]
+        elif len(done) < len(group.results):
+            values = values[done]
+        if self._mean is None:
+            if self._only is None and len(weights) == 1:
+                self._only = values, weights
+                return
+            self._mean = WeightedMean(self._numel)
+        if self._only is not None:
+            self._mean.add([self._only[0]], self._only[1])
+            self._only = None
+        self._mean.add([values], weights)
+
+    def write(self, target: Tensor) -> None:
+        """Writes it into ``target``, shape (numel,): zeros if nothing was added."""
+        if self._only is not None:
+            target.copy_(self._only[0][0])
+        elif self._mean is not None:
+            target.copy_(self._mean.result())
+        else:
+            target.zero_()
 
 
 class _Stack:
@@ -198,7 +206,12 @@ class _Stack:
         self._places = places
         self._states, self._shared = known
 
-    def alike(self) -> list[list[int]]:
+    def train_all(self) -> Iterator[_Group]:
+        """Trains all clients that can be trained at once."""
+        for members in self._alike():
+            yield from self._train(members)
+
+    def _alike(self) -> list[list[int]]:
         """Groups the clients whose rows have the same shapes and dtypes."""
         groups: dict[tuple[object, ...], list[int]] = {}
         keys: dict[int, tuple[object, ...]] = {}  # of blocks: most clients share few
@@ -209,28 +222,44 @@ class _Stack:
             groups.setdefault(key, []).append(place)
         return list(groups.values())
 
-    def train(self, members: list[int]) -> list[_Group]:
-        """Trains clients; if that raises, halves, until the client that raises is by itself.
-
-        Returns:
-            Groups of clients, without those that raise.
-        """
-        tasks = [self._tasks[member] for member in members]
-        states = [self._states.get(task.client, {}) for task in tasks]
-        shards = Shards.of([self._places[member] for member in members])
+    def _train(self, members: list[int]) -> Iterator[_Group]:
+        """Trains clients; if that raises, halves, until the client that raises is by itself."""
         try:
-            made = self._stacks.train(tasks, shards, states, self._shared)
+            shares = self._share(members)
+            if not shares and len(members) > self._stacks.most:
+                made = None
+            else:
+                made = self._made(members, shares=shares)
         except NotVectorizableError:
             raise
         except Exception:  # noqa: BLE001 - raised again when the client trains by itself
             if len(members) == 1:
-                return []
+                return
+            made = None
+        if made is None:
             half = len(members) // 2
-            return [*self.train(members[:half]), *self.train(members[half:])]
+            yield from self._train(members[:half])
+            yield from self._train(members[half:])
+            return
         results: list[Update | BaseException] = [
             made.failures.get(n, update) for n, update in enumerate(made.updates)
         ]
-        return [_Group(members, results, made.values, made.is_mean)]
+        yield _Group(members, results, made.values, made.is_mean)
+
+    def _share(self, members: list[int]) -> bool:
+        """Tells whether clients take one step together: it makes no copies of the model."""
+        if self._tasks[0].weight is None:
+            return False
+        places = [self._places[member] for member in members]
+        return self._stacks.may_share([stop - start for _, _, start, stop in places])
+
+    def _made(self, members: list[int], *, shares: bool) -> Trained:
+        tasks = [self._tasks[member] for member in members]
+        shards = Shards.of([self._places[member] for member in members])
+        if shares:
+            return self._stacks.share_step(tasks, shards)
+        states = [self._states.get(task.client, {}) for task in tasks]
+        return self._stacks.train(tasks, shards, states, self._shared)
 
 
 def _share_mean(

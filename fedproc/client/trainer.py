@@ -154,6 +154,7 @@ class Trainer(Evaluator):
 
     def takes_affine_steps(self) -> bool:
         """Tells whether the mean of clients that take one step each needs one backward pass."""
+        self._resident.train()
         return self._stacks.is_affine()
 
     def failure(self, client: str) -> None:

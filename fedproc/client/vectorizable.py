@@ -28,6 +28,18 @@ if TYPE_CHECKING:
     from fedproc.client.training import TrainFunction
 
 _DTYPES: Final = (torch.float32, torch.float64)
+# A stack keeps a few copies of its models (values, gradients, momenta) near the caches; more
+# clients than this gain nothing, because torch's cost of an operation is spread enough.
+MOST_CLIENTS: Final = 128
+_MOST_BYTES: Final = 32 << 20
+
+
+def stack_size(nbytes: int) -> int:
+    """Returns how many clients train at once whose blocks have ``nbytes``.
+
+    It depends on the model only, so that equal runs have equal stacks.
+    """
+    return max(1, min(MOST_CLIENTS, _MOST_BYTES // max(1, nbytes)))
 
 
 def require_vectorizable(
@@ -72,6 +84,8 @@ def _refusals(module: nn.Module) -> Iterator[str]:
             "it mixes the rows of a batch and writes running statistics; "
             "use GroupNorm or LayerNorm, or vectorize=False"
         )
+    if module._backward_hooks or module._backward_pre_hooks:
+        yield "its backward hooks would see all clients at once; remove them, or vectorize=False"
     if isinstance(module, _DropoutNd) and module.p > 0:
         yield f"{drawn}; set p=0, or use vectorize=False"
     if isinstance(module, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedproc.client.capture import Programs
 from fedproc.client.gradients import non_finite_loss
-from fedproc.client.orders import Orders
+from fedproc.client.orders import Orders, first_batches
 from fedproc.client.repeatable import Repeatable
 from fedproc.client.row_loss import (
     NotVectorizableError,
@@ -31,16 +31,15 @@ from fedproc.client.row_loss import (
 from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
 from fedproc.client.shards import Shards
-from fedproc.client.single_step import MeanGradient, is_affine
+from fedproc.client.single_step import SharedStep, is_affine, is_sound
 from fedproc.client.stacked_optimizer import StackedOptimizer
 from fedproc.client.stacked_rules import stacked_correction
-from fedproc.client.stepping import step_of
 from fedproc.client.update import NO_BLOCK, Task, Update
-from fedproc.client.vectorizable import try_rows
+from fedproc.client.vectorizable import stack_size, try_rows
 from fedproc.memory.copying import fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fedproc.client.layout import Layout
     from fedproc.client.resident import Resident
@@ -69,11 +68,16 @@ class Trained:
 
 
 class Stacks:
-    """Trains stacks of clients from one resident model."""
+    """Trains stacks of clients from one resident model.
+
+    Attributes:
+        most: Clients that may train at once, where each has a model.
+    """
 
     def __init__(self, resident: Resident, local: LocalTraining, rule: LocalRule | None) -> None:
         """Keeps the model; nothing is tried before the first stack."""
         self._layout: Layout = resident.layout
+        self.most = stack_size(resident.layout.nbytes)
         self._resident = resident
         self._local = local
         self._rule = rule
@@ -111,7 +115,7 @@ class Stacks:
         """Trains clients from the values of the resident model, which is in train mode.
 
         Args:
-            tasks: The clients. If they have weights, their mean is wanted.
+            tasks: The clients.
             shards: Their rows.
             states: What each kept.
             shared: What the strategy sent.
@@ -121,23 +125,7 @@ class Stacks:
             Exception: What the model or the loss raises on the rows of one of them.
         """
         mean = self._tried(shards)
-        seeds = [derive_seed(task.seed, task.round, task.client, "shuffle") for task in tasks]
-        orders = Orders(shards.starts, shards.sizes, self._local, seeds)
-        if tasks[0].weight is not None and orders.steps[0] == 1 and self.is_affine():
-            weights = [task.weight or 0.0 for task in tasks]
-            return self._step_together(weights, shards, orders, mean=mean)
-        return self._step_each(orders, shards, states, shared, mean=mean)
-
-    def _step_each(
-        self,
-        orders: Orders,
-        shards: Shards,
-        states: Sequence[Mapping[str, Any]],
-        shared: Mapping[str, Tensor],
-        *,
-        mean: bool,
-    ) -> Trained:
-        """Trains a stack: the models of all clients side by side, step by step."""
+        orders = Orders(shards.starts, shards.sizes, self._local, _seeds(tasks))
         anchor = self._anchor()
         values = anchor.repeat(len(states), 1)
         chosen = self._local.optimizer(list(self._parameters))
@@ -145,56 +133,62 @@ class Stacks:
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, anchor, shared, known)
         losses = torch.zeros(orders.counts.shape, dtype=torch.float64)
+        for training, gradients in self._walk(orders, shards, values, losses, mean=mean):
+            if correction is not None:
+                correction.apply(gradients, training)
+            optimizer.step(gradients)
+        kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in states]
+        # as if every row of a batch had the loss of its batch: local epochs count like that
+        sums = (losses * torch.from_numpy(orders.counts)).sum(0).tolist()
+        columns = zip(orders.sorted, orders.steps, orders.rows, sums, kept, strict=True)
+        done = sorted(columns, key=itemgetter(0))
+        updates = _updates(shards.sizes, [row[1:] for row in done], chosen)
+        return Trained(updates, orders.as_given(values), _failures(orders, losses))
+
+    def _walk(
+        self, orders: Orders, shards: Shards, values: Tensor, losses: Tensor, *, mean: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields for each step the models that still train, and their gradients; notes losses."""
         replays = self._repeatable.holds()
         for number, step in enumerate(orders.walk(values, mean=mean)):
             training = values[: step.clients]
             inputs = training, *shards.take(step.index, step.clients), step.weights
             gradients, losses[number, : step.clients] = self._gradients(inputs, replays=replays)
-            if correction is not None:
-                correction.apply(gradients, training)
-            optimizer.step(gradients)
-        kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in states]
-        updates = self._updates(orders, shards, losses, kept, chosen)
-        if orders.sorted != sorted(orders.sorted):
-            places = torch.tensor(orders.sorted, device=values.device).argsort()
-            values = values.index_select(0, places)
-        return Trained(updates, values, _failures(orders, losses))
+            yield training, gradients
 
     def is_affine(self) -> bool:
         """Tells whether the mean of first steps is the step by the mean of the gradients."""
+        if not self._repeatable.holds():  # code of users may do anything to what flows back
+            return False
         return is_affine(self._local, self._rule, self._local.optimizer(list(self._parameters)))
 
-    def _step_together(
-        self, weights: Sequence[float], shards: Shards, orders: Orders, *, mean: bool
-    ) -> Trained:
-        """Takes one step for all clients, each of which takes only one.
+    def may_share(self, sizes: Sequence[int]) -> bool:
+        """Tells whether clients with so many rows can share a step, of which the mean is wanted."""
+        return all(self._local.steps(size) == 1 for size in set(sizes)) and self.is_affine()
+
+    def share_step(self, tasks: Sequence[Task], shards: Shards) -> Trained:
+        """Takes one step for clients that have weights, and of which each takes only one.
 
         Raises:
-            FloatingPointError: The mean is not finite, though losses are.
+            NotVectorizableError: They cannot be trained at once.
+            FloatingPointError: Their mean may hide one that is not finite.
+            Exception: What the model or the loss raises on the rows of one of them.
         """
-        (step,) = orders.walk(self._parameters[0], mean=mean)
-        gradient = MeanGradient(self._resident.model, self._row_losses, (shards.x, shards.y))
+        mean = self._tried(shards)
+        step = SharedStep(self._resident.model, self._parameters, self._row_losses, mean=mean)
+        batches = first_batches(shards.starts, shards.sizes, self._local, _seeds(tasks))
+        weights = [task.weight or 0.0 for task in tasks]
         self._resident.forget_gradients()  # of a stack for which torch raised
-        losses = gradient.of(step, [weights[place] for place in orders.sorted])[None]
+        losses = step.gradient((shards.x, shards.y), batches, weights).tolist()
         values = self._anchor()
-        optimizer = self._stepped(values)
-        self._resident.forget_gradients()
-        failures = _failures(orders, losses)
-        if len(failures) < len(weights) and not math.isfinite(values.sum()):
+        optimizer = step.take(values, self._local.optimizer)
+        failures = {n: non_finite_loss(x, 0) for n, x in enumerate(losses) if not math.isfinite(x)}
+        if len(failures) < len(tasks) and not is_sound(values, weights):
             raise FloatingPointError("the mean of the updates is not finite")
-        updates = self._updates(orders, shards, losses, [{} for _ in weights], optimizer)
+        numbers: list[tuple[int, int, float, dict[str, Any]]]
+        numbers = [(1, len(b), x * len(b), {}) for b, x in zip(batches, losses, strict=True)]
+        updates = _updates(shards.sizes, numbers, optimizer)
         return Trained(updates, values[None], failures, is_mean=True)
-
-    def _stepped(self, values: Tensor) -> torch.optim.Optimizer:
-        """Takes the step of the resident model's gradients in ``values``: it has to stay."""
-        pieces = torch.split(values, [parameter.numel() for parameter in self._parameters])
-        stepping = []
-        for parameter, piece in zip(self._parameters, pieces, strict=True):
-            stepping.append(torch.nn.Parameter(piece.view(parameter.shape)))
-            stepping[-1].grad = parameter.grad
-        optimizer = self._local.optimizer(stepping)
-        step_of(optimizer)()
-        return optimizer
 
     def _anchor(self) -> Tensor:
         """Returns a copy of the global parameters: (parameters,)."""
@@ -222,34 +216,6 @@ class Stacks:
             gradients.mul_((self._local.clip_grad_norm / (norms + 1e-6)).clamp(max=1.0))
         return gradients, losses.detach()
 
-    def _updates(
-        self,
-        orders: Orders,
-        shards: Shards,
-        losses: Tensor,
-        kept: list[dict[str, Any]],
-        chosen: torch.optim.Optimizer,
-    ) -> list[Update]:
-        """Makes the updates in the order of the tasks; all else is in that of ``orders``."""
-        norms = {steps: step_norm(chosen, steps) for steps in set(orders.steps)}
-        # as if every row of a batch had the loss of its batch: local epochs count like that
-        sums = (losses * torch.from_numpy(orders.counts)).sum(0).tolist()
-        updates = []
-        for place in np.argsort(orders.sorted).tolist():
-            steps, rows, loss_sum = orders.steps[place], orders.rows[place], sums[place]
-            update = Update(
-                block=NO_BLOCK,
-                examples=shards.sizes[orders.sorted[place]],
-                steps=steps,
-                step_norm=norms[steps],
-                rows=rows,
-                loss_sum=loss_sum,
-                metrics={"loss": loss_sum / rows, "steps": float(steps)},
-                state=kept[place],
-            )
-            updates.append(update)
-        return updates
-
     def _tried(self, shards: Shards) -> bool:
         """Tries model and loss before the first stack; returns whether the loss is a mean."""
         ignored = ignored_target(self._local.loss)
@@ -274,6 +240,38 @@ class Stacks:
         rows = [part.expand(2, *part.shape) for part in (x, y, weights)]
         gradients: Tensor = torch.autograd.grad(self._losses(leaf, *rows).sum(), leaf)[0]
         return gradients
+
+
+def _seeds(tasks: Sequence[Task]) -> list[int]:
+    return [derive_seed(task.seed, task.round, task.client, "shuffle") for task in tasks]
+
+
+def _updates(
+    sizes: Sequence[int],
+    numbers: Sequence[tuple[int, int, float, dict[str, Any]]],
+    optimizer: torch.optim.Optimizer,
+) -> list[Update]:
+    """Makes updates without blocks.
+
+    Args:
+        sizes: Rows of each client.
+        numbers: Steps, rows processed, sum of the loss over those, what is kept: of each client.
+        optimizer: One like those that took the steps.
+    """
+    norms = {steps: step_norm(optimizer, steps) for steps in {row[0] for row in numbers}}
+    return [
+        Update(
+            block=NO_BLOCK,
+            examples=size,
+            steps=steps,
+            step_norm=norms[steps],
+            rows=rows,
+            loss_sum=loss_sum,
+            metrics={"loss": loss_sum / rows, "steps": float(steps)},
+            state=kept,
+        )
+        for size, (steps, rows, loss_sum, kept) in zip(sizes, numbers, strict=True)
+    ]
 
 
 def _failures(orders: Orders, losses: Tensor) -> dict[int, FloatingPointError]:

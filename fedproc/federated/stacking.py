@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedproc.client.row_loss import NotVectorizableError
-from fedproc.client.vectorizable import require_vectorizable
+from fedproc.client.vectorizable import MOST_CLIENTS, require_vectorizable, stack_size
 from fedproc.errors import CommandTimeoutError, FedprocError, WorkerLostError
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from fedproc.client.update import Updates
 
 Vectorize = bool | Literal["auto"]
-
-# A stack keeps a few copies of its models (values, gradients, momenta) near the caches; more
-# clients than this gain nothing, because torch's cost of an operation is spread enough.
-_MOST_CLIENTS: Final = 128
-_MOST_BYTES: Final = 32 << 20
 
 _log = logging.getLogger("fedproc")
 
@@ -83,11 +78,9 @@ class Stacking:
 
         Args:
             nbytes: Bytes of the model.
-            together: They take one step, of which only the mean is wanted: there are no copies.
+            together: They share one step: there are no copies of the model.
         """
-        return (
-            _MOST_CLIENTS if together else max(1, min(_MOST_CLIENTS, _MOST_BYTES // max(1, nbytes)))
-        )
+        return MOST_CLIENTS if together else stack_size(nbytes)
 
     def is_affine(self, ask: Callable[[], bool]) -> bool:
         """Tells what a trainer says of first steps; if it cannot tell now, the next is asked.

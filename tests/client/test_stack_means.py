@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedproc.client import single_step
+from fedproc.client.orders import Orders, first_batches
 from fedproc.client.rules import ControlVariates, Proximal
 from fedproc.client.training import LocalTraining
 from fedproc.client.update import Task, pack_tasks
@@ -84,13 +85,13 @@ def require_mean(model, local, rows=None, weights=WEIGHTS, **options):
 @pytest.fixture
 def only_together(monkeypatch):
     """Fails if a stack takes its steps client by client."""
-    monkeypatch.delattr(Stacks, "_step_each")
+    monkeypatch.delattr(Stacks, "train")
 
 
 @pytest.fixture
 def only_apart(monkeypatch):
     """Fails if a stack takes one step for all."""
-    monkeypatch.delattr(Stacks, "_step_together")
+    monkeypatch.delattr(Stacks, "share_step")
 
 
 PLAIN = [
@@ -131,7 +132,7 @@ def test_one_step_of_clients_with_more_rows(shuffle, only_together):
     [
         nn.CrossEntropyLoss(reduction="sum"),
         nn.CrossEntropyLoss(label_smoothing=0.1),
-        lambda outputs, y: ((outputs - nn.functional.one_hot(y, 3)) ** 2).mean(),
+        nn.functional.cross_entropy,
     ],
 )
 def test_one_step_of_other_losses(loss, only_together):
@@ -211,7 +212,140 @@ def test_whether_steps_are_affine_is_told():
     assert not trainer(model, LocalTraining(CE, sgd), rule=Proximal(0.5)).takes_affine_steps()
 
 
+class Clamped(torch.autograd.Function):
+    """Clips what flows back, which no forward pass shows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-0.01, 0.01)
+
+
+class Clipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return Clamped.apply(self.layer(x))
+
+
+def test_what_may_do_anything_to_gradients_is_taken_apart(only_apart):
+    require_mean(Clipping(), LocalTraining(CE, sgd, **ONE_STEP))
+
+    def loss(outputs, y):
+        return ((outputs - nn.functional.one_hot(y, 3)) ** 2).mean()  # what is one_hot to us?
+
+    require_mean(mlp, LocalTraining(loss, sgd, **ONE_STEP))
+    model = nn.Sequential(nn.Linear(5, 3))
+    model[0].register_forward_hook(lambda module, args, out: Clamped.apply(out))
+    require_mean(model, LocalTraining(CE, sgd, **ONE_STEP))
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_one_step_of_parameters_that_do_not_lie_in_order(how, only_together):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.Flatten(), nn.Linear(12, 3)
+    )
+    model[2].weight = nn.Parameter(torch.randn(12, 3).t())
+    rows = rows_of(features=(2, 4, 4))
+    require_mean(
+        model, LocalTraining(CE, optim(torch.optim.SGD, lr=0.1, **{how: True}), **ONE_STEP), rows
+    )
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(x).half().float()
+
+
+def test_half_precision_inside_of_a_model_loses_nothing_more():
+    sizes = [300] * 12
+    torch.manual_seed(0)
+    model, rows = Half(), rows_of(sizes)
+    layout, block = start(model)
+    found = []
+    for local in (LocalTraining(CE, sgd, **ONE_STEP), LocalTraining(CE, sgd, batch_size=300)):
+        there = trainer(model, local, rows, sizes=sizes)
+        made = there.train_stack(block, weighted_tasks([300.0] * 12))
+        found.append(layout.flat_trained(made.blocks[0][: layout.nbytes]))
+    vectors, alone = [], []
+    made = trainer(model, local, rows, sizes=sizes).train_some(block, tasks_of(12))
+    vectors = [layout.flat_trained(row[: layout.nbytes]) for row in made.blocks]
+    alone = list(made.unpacked(len(block)))
+    expected = mean_of(vectors, alone, [300.0] * 12)
+    moved = float((expected - layout.flat_trained(block)).abs().max())
+    for vector in found:
+        assert float((vector - expected).abs().max()) < 1e-5 * moved
+
+
+def test_stacks_that_would_be_too_large_are_cut(only_apart):
+    torch.manual_seed(0)
+    model = mlp()
+    layout, block = start(model)
+    local = LocalTraining(CE, optim(torch.optim.Adam, lr=0.01), **ONE_STEP)
+    there, sizes = trainer(model, local), []
+    stacks = there._stacks._stacks
+    stacks.most, train = 2, stacks.train
+
+    def noting(tasks, *rest):
+        sizes.append(len(tasks))
+        return train(tasks, *rest)
+
+    stacks.train = noting
+    made, _ = averaged(there, block)
+    assert max(sizes) <= 2
+    assert sum(sizes) == len(SIZES)
+    expected = mean_of(*one_by_one(model, local))
+    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 4, 100])
+def test_first_batches_are_those_of_all_orders(shuffle, batch_size):
+    local = LocalTraining(CE, sgd, batch_size=batch_size, shuffle=shuffle, max_steps=1)
+    starts, seeds = [10 * n for n in range(len(SIZES))], list(range(len(SIZES)))
+    found = first_batches(starts, SIZES, local, seeds)
+    orders = Orders(starts, SIZES, local, seeds)
+    (step,) = orders.walk(torch.zeros(1), mean=True)
+    expected = step.index.view(step.clients, step.width)
+    for place, index, weights in zip(orders.sorted, expected, step.weights, strict=True):
+        assert found[place].tolist() == index[weights > 0].tolist()
+
+
 # ---------------------------------------------------------------- failures
+
+
+def test_a_client_that_overflows_alone_is_not_hidden_by_its_small_part():
+    model = nn.Linear(5, 3)
+    nn.init.zeros_(model.weight)
+    _, block = start(model)
+    x, y = torch.zeros(sum(SIZES), 5), rows_of()[1]
+    x[0] = 1.0  # the only row of c0: a gradient of 1/3 to 2/3
+    huge = functools.partial(torch.optim.SGD, lr=1e39)
+    largest = functools.partial(torch.optim.SGD, lr=7e38)
+    for optimizer in (huge, largest):
+        local = LocalTraining(CE, optimizer, **ONE_STEP)
+        _, alone = one_by_one(model, local, (x, y))
+        _, updates = averaged(trainer(model, local, (x, y)), block)
+        assert [u is None for u in updates] == [u is None for u in alone]
+        assert updates[0] is None
+
 
 BOTH = [{"batch_size": 8, "epochs": 2}, ONE_STEP]
 
@@ -289,14 +423,14 @@ def test_a_client_that_trains_alone_in_the_end_has_a_block_of_its_own(options, m
     model = mlp()
     layout, block = start(model)
     local = LocalTraining(CE, sgd, **options)
-    train = Stacks.train
+    tried = Stacks._tried
 
-    def without_c3(self, tasks, *rest):
-        if any(task.client == "c3" for task in tasks):
+    def without_c3(self, shards):
+        if SIZES[3] in shards.sizes:
             raise RuntimeError("only in stacks")
-        return train(self, tasks, *rest)
+        return tried(self, shards)
 
-    monkeypatch.setattr(Stacks, "train", without_c3)
+    monkeypatch.setattr(Stacks, "_tried", without_c3)
     made, updates = averaged(trainer(model, local), block)
     vectors, alone = one_by_one(model, local)
     weights = [0.0 if n == 3 else weight for n, weight in enumerate(WEIGHTS)]

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from fedproc.client import vectorizable
 from fedproc.client.training import LocalTraining
 from fedproc.cluster.cluster import Cluster
 from fedproc.errors import QuorumError
@@ -125,7 +126,7 @@ def test_a_strategy_with_a_weight_of_another_kind_gets_each_update(two, folded):
     ],
 )
 def test_a_model_of_any_size_takes_one_step_for_all(two, batches, monkeypatch, local, together):
-    monkeypatch.setattr(stacking, "_MOST_BYTES", 1)  # so that no two models fit into a stack
+    monkeypatch.setattr(vectorizable, "_MOST_BYTES", 1)  # so that no two models fit into a stack
     ours = run(two, local, rounds=2, vectorize=True)
     sizes = [len(batch.clients) for batch in batches]
     assert len(sizes) == (2 * len(two.workers) if together else 2 * len(SIZES))
@@ -136,13 +137,13 @@ def test_a_model_of_any_size_takes_one_step_for_all(two, batches, monkeypatch, l
 
 @pytest.mark.parametrize("strategy", [FedProx(0.3), Scaffold(), Median()], ids=str)
 def test_it_takes_each_alone_where_that_is_not_the_mean(two, batches, monkeypatch, strategy):
-    monkeypatch.setattr(stacking, "_MOST_BYTES", 1)
+    monkeypatch.setattr(vectorizable, "_MOST_BYTES", 1)
     run(two, ONE_STEP, rounds=1, vectorize=True, strategy=strategy)
     assert [len(batch.clients) for batch in batches] == [1] * len(SIZES)
 
 
 def test_auto_finds_that_one_step_for_all_is_faster_or_not(two, batches, monkeypatch):
-    monkeypatch.setattr(stacking, "_MOST_BYTES", 1)
+    monkeypatch.setattr(vectorizable, "_MOST_BYTES", 1)
     ours = run(two, ONE_STEP, rounds=2, vectorize="auto")
     (way,) = {record.vectorized for record in ours.history}
     assert all(batch.stacked is way for batch in batches if len(batch.clients) > 1)
@@ -162,7 +163,7 @@ def test_a_factory_that_raises_is_told_as_ever(two):
 
 
 def test_a_worker_is_given_blocks_not_clients(monkeypatch, batches):
-    monkeypatch.setattr(stacking, "_MOST_CLIENTS", 2)
+    monkeypatch.setattr(stacking, "MOST_CLIENTS", 2)
     monkeypatch.setattr(supply, "_WINDOW_BYTES", 0)
     monkeypatch.setattr(supply, "_WINDOW_LEAST", 3)
     ahead, submit = [], Lane.submit
@@ -203,6 +204,20 @@ def test_fedavg_alone_is_not_shown_x():
     assert not FedAvg().looks_at_x()
     assert FedAvg(lr=0.5).looks_at_x()
     assert Reading().looks_at_x()
+    other = type("Other", (FedAvg,), {})()
+    assert not other.looks_at_x()
+    object.__setattr__(other, "step", lambda x, received, state: (x, state))
+    assert other.looks_at_x()
+
+
+def test_a_step_that_replaced_the_one_of_fedavg_gets_x(two, monkeypatch):
+    def halfway(strategy, x, received, state):
+        return x + 0.5 * (received.mean - x), state
+
+    expected = run(two, rounds=1, strategy=FedAvg(lr=0.5))
+    monkeypatch.setattr(FedAvg, "step", halfway)
+    found = run(two, rounds=1)
+    torch.testing.assert_close(values(found), values(expected), rtol=0, atol=1e-6)
     assert Median().looks_at_x()
 
 

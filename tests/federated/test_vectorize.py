@@ -165,6 +165,14 @@ def test_a_model_is_refused_when_it_is_given(anywhere):
         Aggregator(batchnorm_net(), data, LOCAL, vectorize=True)
 
 
+def test_backward_hooks_are_refused(anywhere):
+    data = FederatedDataset(shards([4, 5]), anywhere)
+    model = mlp()
+    model[0].register_full_backward_hook(lambda module, inner, outer: None)
+    with pytest.raises(NotVectorizableError, match=r"0 \(Linear\) .* backward hooks"):
+        Aggregator(model, data, LOCAL, vectorize=True)
+
+
 def test_a_model_is_refused_in_its_first_round(anywhere):
     data = FederatedDataset(shards([4, 5, 6, 7]), anywhere)
     aggregator = Aggregator(Branching(), data, LOCAL, vectorize=True)
