@@ -220,19 +220,30 @@ class Layout:
             piece.copy_(part.view(block))
         return vector
 
-    def non_finite(self, slot: Slot) -> str | None:
-        """Says where a floating value of ``slot`` is NaN or infinite, or returns None."""
+    def non_finite(self, slot: Slot, start: Sequence[Tensor] = ()) -> str | None:
+        """Says where a floating value of ``slot`` is NaN or infinite, or returns None.
+
+        Args:
+            slot: A trained model.
+            start: What it was trained from, as :meth:`pieces` lists it: where a buffer was not
+                finite then (a mask of -inf), it need not be now.
+        """
+        end = 0
         for section, values in zip(self.sections, slot, strict=True):
+            before, end = start[end : end + len(section.entries)], end + len(section.entries)
             # a sum is finite only if all its terms are: one pass, and no mask is made
             if section.kind == "largest" or math.isfinite(values.sum().item()):
                 continue
             if bool(torch.isfinite(values).all()):
                 continue
             pieces = torch.split(values, [entry.numel for entry in section.entries])
-            for entry, piece in zip(section.entries, pieces, strict=True):
-                bad = int((~torch.isfinite(piece)).sum())
-                if bad:
-                    return f"{bad} of {entry.numel} values of {entry.name!r} are not finite"
+            for place, (entry, piece) in enumerate(zip(section.entries, pieces, strict=True)):
+                bad = ~torch.isfinite(piece)
+                if before and section.kind == "mean":
+                    bad &= torch.isfinite(before[place].reshape(-1))
+                if bool(bad.any()):
+                    count = int(bad.sum())
+                    return f"{count} of {entry.numel} values of {entry.name!r} are not finite"
         return None
 
 

@@ -197,7 +197,7 @@ class Trainer(Evaluator):
                 rows = self._rows(task.client)
                 update = run_function(self._resident, self._work.local, rows, context)
             self._resident.write(slot)
-        where = self._resident.layout.non_finite(slot)
+        where = self._resident.layout.non_finite(slot, pieces)
         if where is not None:
             raise non_finite_update(task, where)
         if task.clip_norm is not None:

@@ -122,6 +122,42 @@ class Tied(nn.Module):
         self.decode.weight = self.encode.weight
 
 
+class Masked(nn.Module):
+    """A mask of -inf is a buffer as it should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
+        self.spoils = False
+
+    def forward(self, x):
+        if self.spoils:
+            self.mask[0] = float("nan")
+        return self.layer(x).where(torch.isfinite(self.mask), torch.zeros(3))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_05_a_mask_of_infinities_is_no_reason(inline, vectorize):
+    data = FederatedDataset(shards((4, 5, 6)), inline)
+    local = LocalTraining(cross_entropy, sgd, batch_size=4)
+    aggregator = Aggregator(Masked(), data, local, vectorize=vectorize)
+    before = bits(aggregator.model.layer)
+    for record in aggregator.run(2, progress=False):
+        assert not record.failures
+    assert torch.equal(aggregator.model.mask, torch.tensor([0.0, float("-inf"), 0.0]))
+    assert bits(aggregator.model.layer) != before
+
+
+def test_05_a_mask_that_training_spoils_is_one(inline):
+    data = FederatedDataset(shards((4, 5, 6)), inline)
+    model = Masked()
+    model.spoils = True
+    aggregator = Aggregator(model, data, LocalTraining(cross_entropy, sgd, batch_size=4))
+    with pytest.raises(QuorumError, match="1 of 3 values of 'mask' are not finite"):
+        aggregator.run(1, progress=False)
+
+
 def test_06_tied_parameters_count_once_and_stay_tied(inline, tmp_path):
     data = FederatedDataset(shards([3, 1]), inline)
     aggregator = Aggregator(Tied(), data, setting({"a": 1.0, "b": 5.0}))
