@@ -17,7 +17,7 @@ from torch import Tensor
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.shards import Shards
 from fedproc.client.training import LocalTraining, non_finite_update
-from fedproc.client.update import Task, Update
+from fedproc.client.update import Task, Update, weights_of
 from fedproc.client.vectorized import Stacks, Trained
 from fedproc.client.weighted_mean import WeightedMean
 
@@ -169,7 +169,7 @@ class _Mean:
         done = [n for n, result in enumerate(group.results) if isinstance(result, Update)]
         if not done:
             return
-        weights = [tasks[group.places[n]].weight or 0.0 for n in done]
+        weights = weights_of(tasks[group.places[n]] for n in done)
         values = group.values.cpu()
         if group.is_mean:
             weights = [math.fsum(weights)]
@@ -276,7 +276,7 @@ def _share_mean(
         update.block_weight = 0.0
     if done:
         rows[done[0][0]] = 0
-        done[0][1].block_weight = math.fsum(tasks[place].weight or 0.0 for place, _ in done)
+        done[0][1].block_weight = math.fsum(weights_of(tasks[place] for place, _ in done))
     others = [place for place, result in enumerate(results) if result is None]
     for row, place in enumerate(others, start=1):
         rows[place] = row

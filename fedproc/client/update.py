@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import pickle
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
 
@@ -39,6 +39,11 @@ class Task(NamedTuple):
     place: int = 0
     clip_norm: float | None = None
     weight: float | None = None
+
+
+def weights_of(tasks: Iterable[Task]) -> list[float]:
+    """Lists the weights of tasks whose mean is wanted: all have one."""
+    return [cast("float", task.weight) for task in tasks]
 
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:

@@ -34,7 +34,7 @@ from fedproc.client.shards import Shards
 from fedproc.client.single_step import SharedStep, is_affine, is_sound
 from fedproc.client.stacked_optimizer import StackedOptimizer
 from fedproc.client.stacked_rules import stacked_correction
-from fedproc.client.update import NO_BLOCK, Task, Update
+from fedproc.client.update import NO_BLOCK, Task, Update, weights_of
 from fedproc.client.vectorizable import stack_size, try_rows
 from fedproc.memory.copying import fresh
 
@@ -177,7 +177,7 @@ class Stacks:
         mean = self._tried(shards)
         step = SharedStep(self._resident.model, self._parameters, self._row_losses, mean=mean)
         batches = first_batches(shards.starts, shards.sizes, self._local, _seeds(tasks))
-        weights = [task.weight or 0.0 for task in tasks]
+        weights = weights_of(tasks)
         self._resident.forget_gradients()  # of a stack for which torch raised
         losses = step.gradient((shards.x, shards.y), batches, weights).tolist()
         values = self._anchor()

@@ -50,11 +50,10 @@ class Supply:
 
     def ask(self, name: str, deadline: Deadline) -> None:
         """Finds out whether one step can be taken for many clients; a worker is asked once."""
-        local, sizes = self._crew.local, self._crew.data.sizes
-        if self._crew.stacking.on is False or not isinstance(local, LocalTraining):
-            return
-        if any(task.weight is None for task in self._tasks.values()):
-            return
+        local, first = self._crew.local, next(iter(self._tasks.values()))
+        if first.weight is None or not isinstance(local, LocalTraining):
+            return  # each update is wanted by itself, or no stacks are trained
+        sizes = self._crew.data.sizes
         if local.steps(max(sizes[client] for client in self._tasks)) == 1:
             self.together = self._crew.stacking.is_affine(
                 lambda: take(
@@ -64,9 +63,7 @@ class Supply:
 
     def has_room(self, lane: Lane) -> bool:
         """Whether a worker may have more; one with nothing to do always may."""
-        return not lane.batches or (
-            lane.on_the_way < _WINDOW_MOST and lane.blocks < min(_WINDOW_MOST, self._blocks)
-        )
+        return not lane.batches or (lane.on_the_way < _WINDOW_MOST and lane.blocks < self._blocks)
 
     def sample(self, lane: Lane) -> list[str]:
         """Returns the clients that show which way is faster."""

@@ -32,14 +32,11 @@ def lendable(nbytes: int) -> torch.Tensor:
     Raises:
         ArenaFullError: there is no room for it.
     """
-    arena = _home.arena
-    if arena is None:
-        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
-    return room_in(arena, nbytes)
+    return room_in(_home.arena, nbytes)
 
 
-def room_in(arena: Arena, nbytes: int) -> torch.Tensor:
-    """Such memory in the arena of this process; errors as of ``lendable``."""
-    if nbytes < INLINE_BYTES:
+def room_in(arena: Arena | None, nbytes: int) -> torch.Tensor:
+    """Such memory in an arena of this process, if there is one; errors as of ``lendable``."""
+    if arena is None or nbytes < INLINE_BYTES:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     return torch.from_numpy(arena.lease(arena.allocate(nbytes)))

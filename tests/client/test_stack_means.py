@@ -55,6 +55,12 @@ def mean_of(vectors, updates, weights=WEIGHTS):
     return sum(vectors[n] * (weights[n] / total) for n in done)
 
 
+def require_first(layout, made, expected):
+    """The first block of what a command gives holds these values."""
+    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def require_mean(model, local, rows=None, weights=WEIGHTS, **options):
     torch.manual_seed(0)
     model = model() if isinstance(model, type(mlp)) else model
@@ -195,8 +201,7 @@ def test_corrected_steps_are_taken_apart(rule, only_apart):
     alone = trainer(model, local, rule=rule).train_some(block, tasks_of(), {}, shared)
     vectors = [layout.flat_trained(row[: layout.nbytes]) for row in alone.blocks]
     expected = mean_of(vectors, list(alone.unpacked(len(block))))
-    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    require_first(layout, made, expected)
     assert len(made.states) == (0 if isinstance(rule, Proximal) else len(SIZES))
 
 
@@ -311,8 +316,7 @@ def test_stacks_that_would_be_too_large_are_cut(only_apart):
     assert max(sizes) <= 2
     assert sum(sizes) == len(SIZES)
     expected = mean_of(*one_by_one(model, local))
-    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    require_first(layout, made, expected)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -349,21 +353,27 @@ BOTH = [{"batch_size": 8, "epochs": 2}, ONE_STEP]
 
 
 @pytest.mark.parametrize("options", BOTH, ids=str)
-def test_a_client_whose_loss_is_not_finite_is_left_out(options):
+@pytest.mark.parametrize(
+    ("part", "value", "error", "told"),
+    [
+        (0, math.nan, FloatingPointError, r"the loss is nan at step \d"),
+        (1, 99, IndexError, "99"),
+    ],
+    ids=["loss-is-not-finite", "torch-raises"],
+)
+def test_a_client_that_fails_is_left_out(options, part, value, error, told):
     torch.manual_seed(0)
     model = mlp()
     layout, block = start(model)
-    x, y = rows_of()
-    x[2] = math.nan  # a row of c1
+    rows = rows_of()
+    rows[part][2] = value  # a row of c1
     local = LocalTraining(CE, sgd, **options)
-    there = trainer(model, local, (x, y))
+    there = trainer(model, local, rows)
     made, updates = averaged(there, block)
     assert [n for n, update in enumerate(updates) if update is None] == [1]
     assert updates[0].block_weight == sum(WEIGHTS) - WEIGHTS[1]
-    expected = mean_of(*one_by_one(model, local, (x, y)))
-    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d"):
+    require_first(layout, made, mean_of(*one_by_one(model, local, rows)))
+    with pytest.raises(error, match=told):
         there.failure("c1")
 
 
@@ -394,24 +404,6 @@ def test_a_client_whose_update_is_not_finite_is_left_out(options):
     assert sum(u.block_weight for u in updates if u) == sum(WEIGHTS) - WEIGHTS[1]
     assert layout.non_finite(layout.slot(made.blocks[0])) is None
     with pytest.raises(FloatingPointError, match=r"round 2: the update of client 'c1' .*'weight'"):
-        there.failure("c1")
-
-
-@pytest.mark.parametrize("options", BOTH, ids=str)
-def test_rows_that_raise_are_the_failure_of_their_client_only(options):
-    torch.manual_seed(0)
-    model = mlp()
-    layout, block = start(model)
-    x, y = rows_of()
-    y[2] = 99  # a row of c1
-    local = LocalTraining(CE, sgd, **options)
-    there = trainer(model, local, (x, y))
-    made, updates = averaged(there, block)
-    assert [n for n, update in enumerate(updates) if update is None] == [1]
-    expected = mean_of(*one_by_one(model, local, (x, y)))
-    found = layout.flat_trained(made.blocks[0][: layout.nbytes])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    with pytest.raises(IndexError, match="99"):
         there.failure("c1")
 
 

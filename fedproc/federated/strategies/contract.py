@@ -7,7 +7,7 @@ keeps, saves and gives back. It sees trained parameters only, as float64 vectors
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -103,9 +103,17 @@ class Strategy(ABC):
         """Raises ValueError if the strategy cannot work with ``local`` and ``cohort`` clients."""
 
 
+_BY_ROWS = Strategy.mean_weight
+
+
 def weighs_by_rows(strategy: Strategy) -> bool:
     """Whether the weight of an update depends on nothing but the rows of its client."""
-    return getattr(strategy.mean_weight, "__func__", None) is Strategy.mean_weight
+    return is_still(strategy.mean_weight, _BY_ROWS)
+
+
+def is_still(method: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """Whether a method is that function: no subclass, instance or patch has put in another."""
+    return getattr(method, "__func__", None) is function
 
 
 def require_local_epochs(strategy: str, local: LocalTraining | TrainFunction) -> LocalTraining:

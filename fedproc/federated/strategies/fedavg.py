@@ -16,6 +16,7 @@ from fedproc.client.ranges import require_fraction, require_positive
 from fedproc.federated.strategies.contract import (
     State,
     Strategy,
+    is_still,
     mean_of,
 )
 
@@ -45,7 +46,7 @@ class FedAvg(Strategy):
 
     def looks_at_x(self) -> bool:
         """Says no for the mean itself, but not where somebody gave it another step."""
-        return self.lr != 1 or getattr(self.step, "__func__", None) is not _FEDAVG_STEP
+        return self.lr != 1 or not is_still(self.step, _FEDAVG_STEP)
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:
         """Moves to the mean."""
