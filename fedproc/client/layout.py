@@ -169,7 +169,7 @@ class Layout:
 
     def tensors(self, model: nn.Module) -> list[list[Tensor]]:
         """Finds the tensors of every section in ``model``."""
-        named = {name: tensor for name, tensor, _ in _travellers(model)}
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return [[named[entry.name] for entry in section.entries] for section in self.sections]
 
     def trained(self, model: nn.Module) -> list[Tensor]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
 NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
 
@@ -83,13 +84,13 @@ class Update:
         rows: Rows processed; 0 for a custom function.
         loss_sum: Sum of the loss over the rows processed.
         metrics: Numbers to report.
-        state: What the client keeps if the update is accepted.
         began, ended: When it trained, in seconds of ``time.perf_counter``, which all processes of
             a machine share.
         within: Whether the change was small enough not to be clipped; None without clipping.
         block_weight: If the mean of clients trained at once was returned: the sum of their
             weights on the one that has it in ``block``, 0 on the others. None: ``block`` is the
             client's own.
+        state: What the client keeps if the update is accepted.
     """
 
     block: Tensor
@@ -99,11 +100,15 @@ class Update:
     rows: int
     loss_sum: float
     metrics: dict[str, float] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
     within: bool | None = None
     block_weight: float | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+# all but the block, which comes first, and the state, which may hold tensors
+_numbers_of: Final = attrgetter(*[entry.name for entry in fields(Update)[1:-1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +116,22 @@ class Updates:
     """What several clients return at once.
 
     A record of Python costs several times its content when it is pickled by itself, so the numbers
-    of all clients travel as one plain pickle.
+    of all clients travel as one plain pickle of columns.
 
     Attributes:
         blocks: Their blocks: uint8, shape (blocks, at least nbytes), every row aligned.
-        numbers: All but blocks and states, of every client; None for one that failed. Pickled.
+        numbers: All but blocks and states, of every client that did not fail, by columns. Pickled.
         states: Place of a client -> what it keeps; only of those that keep something.
         rows: Where the block of each client is in ``blocks``; None for one without. Not given, each
             has the row of its place.
+        failed: Places of the clients that failed.
     """
 
     blocks: Tensor
     numbers: bytes
     states: dict[int, dict[str, Any]]
     rows: list[int | None] | None = None
+    failed: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -137,38 +144,25 @@ class Updates:
 
         Of one that failed nothing is shown: its row becomes zeros.
         """
-        for row, update in zip(rows or range(len(updates)), updates, strict=True):
-            if update is None and row is not None:
+        failed = frozenset(place for place, update in enumerate(updates) if update is None)
+        for place in failed:
+            row = place if rows is None else rows[place]
+            if row is not None:
                 blocks[row].zero_()
-        numbers = pickle.dumps([update and _numbers(update) for update in updates], protocol=5)
+        columns = list(zip(*[_numbers_of(update) for update in updates if update], strict=True))
         states = {n: update.state for n, update in enumerate(updates) if update and update.state}
-        return cls(blocks, numbers, states, rows)
+        return cls(blocks, pickle.dumps(columns, protocol=5), states, rows, failed)
 
-    def unpacked(self, nbytes: int) -> Iterator[Update | None]:
-        """Yields the updates, each with the first ``nbytes`` of its row as its block."""
-        found: Sequence[Tensor] = self.blocks[:, :nbytes].unbind()
+    def unpacked(self, nbytes: int) -> list[Update | None]:
+        """Lists the updates, each with the first ``nbytes`` of its row as its block."""
+        blocks: Sequence[Tensor] = self.blocks[:, :nbytes].unbind()
         if self.rows is not None:
-            found = [NO_BLOCK if row is None else found[row] for row in self.rows]
-        for place, (numbers, row) in enumerate(zip(pickle.loads(self.numbers), found, strict=True)):
-            if numbers is None:
-                yield None
-            else:
-                update = Update(row, *numbers)
-                update.state = self.states.get(place, {})
-                yield update
-
-
-def _numbers(update: Update) -> tuple[Any, ...]:
-    return (
-        update.examples,
-        update.steps,
-        update.step_norm,
-        update.rows,
-        update.loss_sum,
-        update.metrics,
-        {},  # the state travels by itself: it may hold tensors
-        update.began,
-        update.ended,
-        update.within,
-        update.block_weight,
-    )
+            blocks = [NO_BLOCK if row is None else blocks[row] for row in self.rows]
+        if self.failed:
+            blocks = [block for place, block in enumerate(blocks) if place not in self.failed]
+        updates: list[Update | None] = list(map(Update, blocks, *pickle.loads(self.numbers)))
+        for place in sorted(self.failed):
+            updates.insert(place, None)
+        for place, state in self.states.items():
+            cast("Update", updates[place]).state = state
+        return updates

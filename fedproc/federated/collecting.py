@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
 from fedproc.client.row_loss import NotVectorizableError
@@ -89,16 +90,13 @@ class Collector:
             while order:
                 while order[0] not in self._arrived:
                     self._advance(order[0])
-                run = []
-                while order and order[0] in self._arrived:
-                    client = order.popleft()
-                    run.append((self._tasks[client], self._arrived.pop(client)))
-                yield run
-                for task, _ in run:
-                    self._read(task.client)
+                clients = list(takewhile(self._arrived.__contains__, order))
+                yield [(self._tasks[client], self._arrived.pop(client)) for client in clients]
+                for _ in clients:
+                    order.popleft()
+                self._read(clients)
         finally:
-            for client in list(self._seen):
-                self._read(client)
+            self._read(list(self._seen))
             for lane in self._lanes.values():
                 lane.abandon()
 
@@ -177,10 +175,12 @@ class Collector:
         batch.unread = len(batch.clients)
         self._seen.update(dict.fromkeys(batch.clients, batch))
 
-    def _read(self, client: str) -> None:
-        batch = self._seen.pop(client, None)
-        if batch is not None:
-            batch.read()
+    def _read(self, clients: Sequence[str]) -> None:
+        """Notes that updates were folded, or are not needed."""
+        for client in clients:
+            batch = self._seen.pop(client, None)
+            if batch is not None:
+                batch.read()
 
     def _see_all(self) -> None:
         """Takes what is on its way: others refuse for the same reason, and it is told once."""
@@ -193,7 +193,8 @@ class Collector:
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
         name = self._homes[batch.clients[0]]
-        for client, update in zip(batch.clients, result.unpacked(self._block_bytes), strict=True):
+        updates = result.unpacked(self._block_bytes)
+        for client, update in zip(batch.clients, updates, strict=True):
             if update is None:
                 promise = call_there(self._crew.trainer(name), "failure", client)
                 lane.submit(Batch([client], promise))
@@ -271,6 +272,9 @@ class Collector:
         """Puts clients into the queues of their workers, at their places in the cohort."""
         self._homes.update(self._crew.homes(clients))
         for client in clients:
-            self._lanes.setdefault(self._homes[client], Lane()).queue.append(client)
+            lane = self._lanes.get(self._homes[client])
+            if lane is None:
+                lane = self._lanes[self._homes[client]] = Lane()
+            lane.queue.append(client)
         for lane in self._lanes.values():
             lane.queue = deque(sorted(lane.queue, key=lambda client: self._tasks[client].place))

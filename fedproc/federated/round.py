@@ -207,20 +207,20 @@ def _accepted(
             tally.failures[task.client] = result
             continue
         weight = rules.weight(result.examples)
-        first = tally.first or (updates[0] if updates else result)
-        try:
-            mean_weight = rules.strategy.mean_weight(weight, result, first)
-        except ValueError as error:  # the strategy cannot use this update; the others count
-            # the history keeps it, not the round
-            tally.failures[task.client] = error.with_traceback(None)
-            continue
-        clients.append(task.client)
-        updates.append(result)
-        weights.append(weight)
         if result.block_weight is None:
+            first = tally.first or (updates[0] if updates else result)
+            try:
+                mean_weight = rules.strategy.mean_weight(weight, result, first)
+            except ValueError as error:  # the strategy cannot use this update; the others count
+                # the history keeps it, not the round
+                tally.failures[task.client] = error.with_traceback(None)
+                continue
             found.append(Weighted(result.block, weight, mean_weight))
         elif result.block_weight:  # of all that trained at once
             found.append(Weighted(result.block, result.block_weight, result.block_weight))
+        clients.append(task.client)
+        updates.append(result)
+        weights.append(weight)
     tally.accept(clients, updates, weights)
     return found
 

@@ -52,9 +52,9 @@ class Tally:
             return
         if self.first is None:
             self.first = updates[0]
-        for client, update in zip(clients, updates, strict=True):
+        for update in updates:
             update.block = NO_BLOCK
-            self.kept[client] = update.state
+        self.kept.update(zip(clients, [update.state for update in updates], strict=True))
         self.weights.extend(weights)
         self.step_norms += [update.step_norm for update in updates]
         self.loss_sums.extend([update.loss_sum for update in updates])
@@ -64,8 +64,7 @@ class Tally:
         self._add_metrics(updates, weights)
 
     def _add_metrics(self, updates: Sequence[Update], weights: Sequence[float]) -> None:
-        names = updates[0].metrics.keys()
-        if any(update.metrics.keys() != names for update in updates):  # a user's, by chance
+        if len({tuple(update.metrics) for update in updates}) > 1:  # a user's, by chance
             for update, weight in zip(updates, weights, strict=True):
                 self._add_columns([update], [weight])
         else:
