@@ -62,7 +62,7 @@ class Programs:
             ordinary: What is done with inputs that are not replayed.
             inputs: Differ from one call to the next.
         """
-        key = tuple([(x.shape, x.dtype, x.stride()) for x in inputs])
+        key = _key(inputs)
         found = self._found.get(key)
         if isinstance(found, Program):
             return found(inputs)
@@ -77,6 +77,11 @@ class Programs:
             self._found[key] = "once"
         return ordinary(*inputs)
 
+    def find(self, inputs: Sequence[Tensor]) -> Program | None:
+        """Returns what inputs of such shapes replay, if it was captured."""
+        found = self._found.get(_key(inputs))
+        return found if isinstance(found, Program) else None
+
     def _try(self, function: Compute, inputs: Sequence[Tensor]) -> tuple[Program | None, Results]:
         """Captures ``function`` and leaves tensors and the random stream as they were."""
         tensors = [*self._known, *inputs]
@@ -90,6 +95,10 @@ class Programs:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+
+
+def _key(inputs: Sequence[Tensor]) -> Hashable:
+    return tuple([(x.shape, x.dtype, x.stride()) for x in inputs])
 
 
 def capture(

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedproc.client.gradients import Gradients
 from fedproc.client.rules import RULES
 from fedproc.client.seeding import preserved_streams
-from fedproc.client.stepping import all_are_observed, home_of, is_observed, steps_by_torch
+from fedproc.client.stepping import (
+    all_are_observed,
+    home_of,
+    is_observed,
+    plain_lr,
+    step_of,
+    steps_by_torch,
+    zero_grad_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +37,10 @@ if TYPE_CHECKING:
 
     from fedproc.client.rules import LocalRule
     from fedproc.client.training import LocalTraining, OptimizerFactory
+
+
+# inputs and targets of a batch, steps taken before -> the loss before this one
+Step = Callable[[Tensor, Tensor, int], float]
 
 
 class Descent:
@@ -47,6 +60,7 @@ class Descent:
             rule: What changes the gradients, or None.
         """
         self.gradients = Gradients(model, local.loss)
+        self._clip_norm = local.clip_grad_norm
         self.is_closed = False
         self._is_ruled = rule is not None and type(rule) not in RULES
         # a rule of a user's may look at the optimizer when the steps are taken, or keep it
@@ -63,13 +77,48 @@ class Descent:
         finally:
             self.is_closed = False
 
-    def begin(self) -> tuple[Optimizer, list[nn.Parameter]]:
-        """Makes the optimizer of the next client; returns the parameters that are trained, too."""
+    def begin(self, correct: Callable[[], None] | None = None) -> tuple[Optimizer, Step]:
+        """Makes the optimizer of the next client, and what takes a step of it at a batch.
+
+        Args:
+            correct: Called after each backward pass; may change the gradients.
+        """
         trained = [p for p in self.gradients.parameters if p.requires_grad]
-        optimizer = self._optimizers.new(trained)
+        optimizer = self._optimizers.new(trained, are_torchs=self.is_closed)
         if not self.is_closed:  # the factory may have hooked into the model
             self.gradients.begin()
-        return optimizer, trained
+        step = self._ordinary(optimizer, trained, correct)
+        if self.is_closed and correct is None and self._clip_norm is None:
+            lr = plain_lr(optimizer)
+            if lr is not None and len(trained) == len(self.gradients.parameters):
+                return optimizer, self._plain(lr, step)
+        return optimizer, step
+
+    def _ordinary(
+        self, optimizer: Optimizer, trained: list[nn.Parameter], correct: Callable[[], None] | None
+    ) -> Step:
+        step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
+
+        def take(x: Tensor, y: Tensor, taken: int) -> float:
+            zero_grad()
+            loss = self.gradients(x, y, taken)
+            if self._clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained, self._clip_norm)
+            if correct is not None:
+                correct()
+            step()
+            return loss
+
+        return take
+
+    def _plain(self, lr: float, ordinary: Step) -> Step:
+        """Steps of SGD that nobody has a part in: of small models, ``grad`` is half of the cost."""
+
+        def take(x: Tensor, y: Tensor, taken: int) -> float:
+            loss = self.gradients.descend(x, y, taken, lr)
+            return ordinary(x, y, taken) if loss is None else loss
+
+        return take
 
     def end(self) -> None:
         """Lets go of what the optimizer of a client remembers."""
@@ -95,10 +144,17 @@ class Optimizers:
             return False
         return self._code == _code(self._kind) and self._asked == _asked(self._factory)
 
-    def new(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
-        """Returns an optimizer that has taken no step; it may be the last client's, emptied."""
+    def new(self, parameters: Sequence[nn.Parameter], *, are_torchs: bool = False) -> Optimizer:
+        """Returns an optimizer that has taken no step; it may be the last client's, emptied.
+
+        ``are_torchs``: the answer of :meth:`are_torchs` is known to be True.
+        """
         kept = self._kept
-        if kept is not None and self.are_torchs() and self._is_as_made(kept, parameters):
+        if (
+            kept is not None
+            and (are_torchs or self.are_torchs())
+            and self._is_as_made(kept, parameters)
+        ):
             self.forget()
             return kept
         made = self._factory(list(parameters))

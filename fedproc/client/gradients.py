@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedproc.client.capture import Programs
 from fedproc.client.program import Results
 from fedproc.client.repeatable import Repeatable, is_watched
+from fedproc.client.stepping import descend
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,6 +66,26 @@ class Gradients:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         return _value(loss, step)
+
+    def descend(self, x: Tensor, y: Tensor, step: int, lr: float) -> float | None:
+        """Takes the step of plain SGD at a batch whose shape was captured, without ``grad``.
+
+        For those who know that batches are replayed and that nobody looks at a gradient.
+
+        Returns:
+            The loss before the step; None: the shape was not captured, and nothing was done.
+
+        Raises:
+            FloatingPointError: The loss is NaN or infinite.
+        """
+        program = self._programs.find((x, y))
+        if program is None:
+            return None
+        loss, *gradients = program((x, y))
+        value = _value(loss, step)
+        with torch.no_grad():
+            descend(self.parameters, gradients, lr)
+        return value
 
     def _are_clear(self) -> bool:
         """Whether ``backward`` would do nothing but make a gradient of each parameter."""

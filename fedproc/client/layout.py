@@ -257,8 +257,7 @@ def fill(slot: Slot, tensors: Sequence[Sequence[Tensor]]) -> None:
 def load(pieces: Sequence[Tensor], members: Sequence[Tensor]) -> None:
     """Copies pieces, as :meth:`Layout.pieces` lists them, into tensors in place."""
     with torch.no_grad():
-        for piece, member in zip(pieces, members, strict=True):
-            member.copy_(piece)
+        torch._foreach_copy_(list(members), list(pieces))
 
 
 def _travellers(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:

@@ -21,8 +21,30 @@ Compute = Callable[..., Results]
 _aten = torch.ops.aten
 # Torch's own bindings take half of the time. Not for others: their defaults may be different ones.
 _BINDINGS: Final[dict[Any, Callable[..., Any]]] = {
-    getattr(_aten, name).default: getattr(torch, name)
-    for name in ("t", "mm", "addmm", "bmm", "relu", "_log_softmax", "_log_softmax_backward_data")
+    _aten.t.default: torch.t,
+    _aten.mm.default: torch.mm,
+    _aten.addmm.default: torch.addmm,
+    _aten.bmm.default: torch.bmm,
+    _aten.convolution.default: torch.convolution,
+    _aten.relu.default: torch.relu,
+    _aten._log_softmax.default: torch._log_softmax,
+    _aten._log_softmax_backward_data.default: torch._log_softmax_backward_data,
+    _aten.mul.Tensor: torch.mul,
+    _aten.neg.default: torch.neg,
+    _aten.ne.Scalar: torch.ne,
+    _aten.sum.dim_IntList: torch.sum,
+    _aten.gather.default: torch.gather,
+    _aten.where.self: torch.where,
+    _aten.scalar_tensor.default: torch.scalar_tensor,
+    _aten.clone.default: torch.clone,
+    _aten.cat.default: torch.cat,
+    _aten.split_with_sizes.default: torch.split_with_sizes,
+    _aten.view.default: Tensor.view,
+    _aten.expand.default: Tensor.expand,
+    _aten.transpose.int: torch.transpose,
+    _aten.permute.default: torch.permute,
+    _aten.unsqueeze.default: torch.unsqueeze,
+    _aten.squeeze.dim: torch.squeeze,
 }
 
 

@@ -41,7 +41,8 @@ def step_of(optimizer: Optimizer) -> Step:
             return
         with torch.no_grad():
             if plain and all(map(_is_plain, optimizer.param_groups)):
-                _descend(optimizer.param_groups)
+                for group in optimizer.param_groups:
+                    descend(group["params"], [p.grad for p in group["params"]], group["lr"])
             else:
                 raw(optimizer)
 
@@ -54,13 +55,24 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
     return not (extras or group["foreach"] or group["fused"]) and type(group["lr"]) is float
 
 
-def _descend(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Takes the step of plain SGD: the very operation that torch's own does in the end."""
-    for group in groups:
-        alpha = -group["lr"]
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.add_(parameter.grad, alpha=alpha)
+def descend(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float) -> None:
+    """Takes the step of plain SGD: the very operation that torch's own does in the end.
+
+    Gradients must be disabled. A parameter whose gradient is None stays as it is.
+    """
+    moved = [p for p, along in zip(parameters, gradients, strict=True) if along is not None]
+    if moved:
+        torch._foreach_add_(moved, [along for along in gradients if along is not None], alpha=-lr)
+
+
+def plain_lr(optimizer: Optimizer) -> float | None:
+    """Returns the learning rate if a step does nothing but :func:`descend` on all parameters."""
+    groups = optimizer.param_groups
+    if type(optimizer) is not torch.optim.SGD or is_observed(optimizer):
+        return None
+    if len(groups) == 1 and _is_plain(groups[0]):
+        return float(groups[0]["lr"])
+    return None
 
 
 def zero_grad_of(optimizer: Optimizer) -> Step:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fedproc.client.descent import Descent
 from fedproc.client.gradients import Loss
 from fedproc.client.ranges import require_at_least, require_positive
-from fedproc.client.stepping import step_of, zero_grad_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,18 +137,11 @@ def run_local_epochs(
         FloatingPointError: The loss is NaN or infinite.
     """
     descent = descent or Descent(model, local, None)
-    optimizer, parameters = descent.begin()
+    optimizer, step = descent.begin(correct)
     progress = Progress(optimizer=optimizer)
-    step, zero_grad = step_of(optimizer), zero_grad_of(optimizer)
     try:
         for x, y in _batches(rows, local, generator):
-            zero_grad()
-            progress.loss_sum += descent.gradients(x, y, progress.steps) * x.shape[0]
-            if local.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, local.clip_grad_norm)
-            if correct is not None:
-                correct()
-            step()
+            progress.loss_sum += step(x, y, progress.steps) * x.shape[0]
             progress.steps += 1
             progress.rows += x.shape[0]
     finally:
@@ -182,7 +174,7 @@ def _batches(
             if isinstance(index, slice):
                 yield x[index].clone(), y[index].clone()
             else:
-                here = index.to(x.device)
+                here = index if x.is_cpu else index.to(x.device)
                 yield x.index_select(0, here), y.index_select(0, here)
 
 
@@ -192,7 +184,7 @@ def _batch_indices(
     size = local.batch_size or rows
     if local.shuffle:
         order = torch.randperm(rows, generator=generator)
-        return [order] if rows <= size else torch.split(order, size)
+        return [order] if rows <= size else [order[s : s + size] for s in range(0, rows, size)]
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedproc.client.capture import MOST_BYTES, Programs, capture
 from fedproc.client.gradients import _owned
-from fedproc.client.program import Program
+from fedproc.client.program import _BINDINGS, Program
 
 KNOWN = torch.arange(6.0).reshape(2, 3)
 
@@ -217,3 +217,62 @@ def test_trying_leaves_tensors_and_the_random_stream_as_they_were() -> None:
     torch.manual_seed(3)
 
     assert all(torch.equal(found, 1 + torch.rand(2)) for found in ours)
+
+
+# ---------------------------------------------------------------- torch's own bindings
+
+ATEN = torch.ops.aten
+X = torch.linspace(-2, 2, 12).reshape(3, 4)
+PLACES = torch.tensor([[1, 0, 2, 3], [0, 0, 1, 1], [3, 2, 1, 0]])
+LOGITS = torch.log_softmax(X, 1)
+CALLS: dict[object, list[tuple[object, ...]]] = {
+    ATEN.t.default: [(X,)],
+    ATEN.mm.default: [(X, X.t())],
+    ATEN.addmm.default: [(X[:, :3], X, X.t()), (X[0, :3], X, X.t())],
+    ATEN.bmm.default: [(X[None], X.t()[None])],
+    ATEN.convolution.default: [
+        (X[None, None], torch.ones(1, 1, 2, 2), bias, [1, 2], [1, 0], [1, 1], False, [0, 0], 1)
+        for bias in (None, torch.ones(1))
+    ],
+    ATEN.relu.default: [(X,)],
+    ATEN._log_softmax.default: [(X, 1, False), (X, 0, False)],
+    ATEN._log_softmax_backward_data.default: [(X, LOGITS, 1, torch.float32)],
+    ATEN.mul.Tensor: [(X, X[0]), (X, torch.tensor(3.0))],
+    ATEN.neg.default: [(X,)],
+    ATEN.ne.Scalar: [(PLACES, 1)],
+    ATEN.sum.dim_IntList: [(X, [0]), (X, [0, 1], True), (X, [-1], False), (X, None)],
+    ATEN.gather.default: [(X, 1, PLACES)],
+    ATEN.where.self: [(X > 0, X, X[0])],
+    ATEN.scalar_tensor.default: [(2.0,), (3,)],
+    ATEN.clone.default: [(X.t(),)],
+    ATEN.cat.default: [([X, X],), ([X, X], 1)],
+    ATEN.split_with_sizes.default: [(X, [1, 2]), (X, [3, 1], 1)],
+    ATEN.view.default: [(X, [4, 3]), (X, [2, -1])],
+    ATEN.expand.default: [(X[:, None], [-1, 2, 4])],
+    ATEN.transpose.int: [(X[None], 1, 2)],
+    ATEN.permute.default: [(X[None], [2, 0, 1])],
+    ATEN.unsqueeze.default: [(X, 1)],
+    ATEN.squeeze.dim: [(X[None], 0), (X, 0)],
+}
+KEYWORDS: dict[object, dict[str, object]] = {
+    ATEN.sum.dim_IntList: {"dtype": torch.float64},
+    ATEN.scalar_tensor.default: {"dtype": torch.int64},
+    ATEN.clone.default: {"memory_format": torch.contiguous_format},
+}
+
+
+@pytest.mark.parametrize("func", _BINDINGS, ids=str)
+def test_a_binding_does_what_the_operation_does(func: torch._ops.OpOverload) -> None:
+    binding = _BINDINGS[func]
+    for args in CALLS[func]:
+        for keywords in ({}, KEYWORDS.get(func, {})):
+            ours, theirs = binding(*args, **keywords), func(*args, **keywords)
+            parts = (
+                [(ours, theirs)]
+                if isinstance(theirs, Tensor)
+                else list(zip(ours, theirs, strict=True))
+            )
+            for mine, other in parts:
+                assert torch.equal(mine, other)
+                assert (mine.dtype, mine.stride()) == (other.dtype, other.stride())
+                assert mine._is_view() == other._is_view()

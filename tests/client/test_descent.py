@@ -1,5 +1,6 @@
 """One optimizer for many clients is as new for each, and only where no code of users runs."""
 
+import copy
 import functools
 import random
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 
 from fedproc.client.descent import Descent, Optimizers
+from fedproc.client.gradients import Gradients
 from fedproc.client.rules import Proximal
 from fedproc.client.seeding import preserved_streams, seed_streams
 from fedproc.client.training import LocalTraining, run_local_epochs
@@ -297,3 +299,105 @@ def test_streams_that_nobody_draws_from_stay_as_they_are() -> None:
     with preserved_streams(CPU):
         seed_streams(7, CPU)
         assert torch.equal(torch.rand(3), drawn)
+
+
+# ---------------------------------------------------------------- steps of plain SGD
+
+
+class Unused(nn.Module):
+    """One of its parameters has no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What the steps that leave no gradients gave: the loss, or None where there was none."""
+    found: list[float | None] = []
+    descend = Gradients.descend
+
+    def noted(self: Gradients, x: torch.Tensor, y: torch.Tensor, *rest: float) -> float | None:
+        found.append(descend(self, x, y, *rest))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(Gradients, "descend", noted)
+    return found
+
+
+@pytest.mark.parametrize("kind", [Unused, lambda: nn.Linear(3, 2)])
+def test_steps_of_plain_sgd_leave_no_gradients_and_have_the_bits_of_torchs(
+    kind: Callable[[], nn.Module], taken: list[float | None]
+) -> None:
+    torch.manual_seed(0)
+    model, loss, x, y = kind(), nn.MSELoss(), torch.randn(9, 3), torch.randn(9, 2)
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    local = LocalTraining(loss, SGD, batch_size=4, epochs=4, shuffle=False)
+    descent = Descent(ours, local, None)
+
+    with descent.within(CPU):
+        done = run_local_epochs(ours, (x, y), local, torch.Generator(), None, descent)
+    optimizer, losses = SGD(theirs.parameters()), 0.0
+    for _ in range(4):
+        for start in (0, 4, 8):
+            optimizer.zero_grad()
+            found = loss(theirs(x[start : start + 4].clone()), y[start : start + 4].clone())
+            found.backward()
+            losses += found.item() * len(x[start : start + 4])
+            optimizer.step()
+
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert done.loss_sum == losses
+    # the first two batches of a shape are computed by backward; here are batches of 4 and of 1
+    by_backward = [True, True, True, False, False, True, *[False] * 6]
+    assert [loss is None for loss in taken] == by_backward
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        LocalTraining(nn.MSELoss(), SGD, epochs=4, clip_grad_norm=0.1),
+        LocalTraining(nn.MSELoss(), KEPT["momentum"], epochs=4),
+        LocalTraining(nn.MSELoss(), NOT_TORCHS["function"], epochs=4),
+    ],
+)
+def test_other_steps_leave_gradients_for_whoever_takes_them(
+    local: LocalTraining, taken: list[float | None]
+) -> None:
+    model = nn.Linear(3, 2)
+    descent, data = Descent(model, local, None), (torch.ones(4, 3), torch.ones(4, 2))
+    with descent.within(CPU):
+        run_local_epochs(model, data, local, torch.Generator(), None, descent)
+    assert not taken
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_corrects_gradients_gets_them_in_every_step(taken: list[float | None]) -> None:
+    model, local = nn.Linear(3, 2), LocalTraining(nn.MSELoss(), SGD, epochs=4)
+    descent, data = Descent(model, local, None), (torch.ones(4, 3), torch.ones(4, 2))
+    seen = []
+    with descent.within(CPU):
+        run_local_epochs(
+            model, data, local, torch.Generator(), lambda: seen.append(model.weight.grad), descent
+        )
+    assert len(seen) == 4
+    assert all(gradient is not None for gradient in seen)
+    assert not taken
+
+
+def test_a_loss_that_is_not_finite_ends_a_client_whose_steps_leave_no_gradients(
+    taken: list[float | None],
+) -> None:
+    model, local, y = nn.Linear(3, 2), LocalTraining(nn.MSELoss(), SGD), torch.ones(4, 2)
+    descent, order = Descent(model, local, None), torch.Generator()
+    with descent.within(CPU):
+        for _ in range(2):
+            run_local_epochs(model, (torch.ones(4, 3), y), local, order, None, descent)
+        assert taken == [None, None]
+        data = torch.full((4, 3), torch.nan), y
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+            run_local_epochs(model, data, local, order, None, descent)
