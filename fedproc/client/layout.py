@@ -163,7 +163,8 @@ class Layout:
         """Clears what lies between and after the sections of blocks: (count, at least nbytes)."""
         row, end = blocks.shape[1], 0
         for start, stop in [*((s.start_bytes, s.stop_bytes) for s in self.sections), (row, row)]:
-            blocks[:, end:start].zero_()
+            if start > end:
+                blocks[:, end:start].zero_()
             end = stop
         return blocks
 

@@ -27,7 +27,7 @@ from fedproc.federated.passing import call_there, see, take
 from fedproc.federated.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fedproc.client.update import Task, Update
     from fedproc.federated.crew import Crew
@@ -46,6 +46,7 @@ class Collector:
         tasks: Mapping[str, Task],
         retries: int,
         deadline: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Prepares a round.
 
@@ -55,12 +56,14 @@ class Collector:
             tasks: Client -> its task, in cohort order.
             retries: How often a client that was training when its worker was lost trains again.
             deadline: Seconds from now; a client that is not done then is a failure.
+            meanwhile: Called once, when the workers have something to do.
         """
         self._crew = crew
         self._commands = Commands(crew, broadcast, tasks)
         self._tasks = tasks
         self._retries = retries
         self._deadline = Deadline(deadline)
+        self._meanwhile = meanwhile
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
         self._seen: dict[str, Batch] = {}  # of updates that are read where they are
@@ -112,6 +115,9 @@ class Collector:
                 return
             try:
                 self._submit()
+                if self._meanwhile is not None:
+                    self._meanwhile()
+                    self._meanwhile = None
                 self._fetch(self._lanes[self._homes[client]], self._deadline.left())
             except WorkerLostError as error:
                 self._recover(error.worker or self._homes[client], error)

@@ -64,6 +64,7 @@ class Course:
         self.ledger, self._play = ledger, play
         self.history = History()
         self._made: tuple[Start, Outcome, RoundRecord] | None = None  # not taken over yet
+        self._ahead: tuple[int, tuple[str, ...]] | None = None  # a round, and its cohort
 
     def play(
         self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
@@ -116,7 +117,8 @@ class Course:
     def _computed(self, start: Start, sink: Sink, timeline: Timeline | None) -> Outcome:
         layout, rules = self._global.layout, self._rules
         try:
-            return self._play(self._crew, layout, rules, start, sink, timeline)
+            ahead = partial(self._look_ahead, start)
+            return self._play(self._crew, layout, rules, start, sink, timeline, meanwhile=ahead)
         except Exception as error:
             self.round = start.number  # not after Ctrl-C: an interrupted round is played again
             if isinstance(error, QuorumError):
@@ -152,7 +154,15 @@ class Course:
         clients = self._crew.data.clients
         if self.ledger is not None:
             return self.ledger.draw(clients)
-        return draw_cohort(clients, self._cohort_size, self._rules.seed, number)
+        if self._ahead is None or self._ahead[0] != number:
+            cohort = draw_cohort(clients, self._cohort_size, self._rules.seed, number)
+            self._ahead = number, cohort
+        return self._ahead[1]
+
+    def _look_ahead(self, start: Start) -> None:
+        """Draws the next cohort; a private one is drawn when the round before was accounted for."""
+        if self.ledger is None:
+            self._draw(start.number + 1)
 
     def _commit(self) -> None:
         """Takes over what a round made. Interrupted anywhere, it can be done again."""

@@ -6,7 +6,7 @@ Runs in the parent. The result is a value; the aggregator commits it as a whole 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +112,10 @@ def play(
     start: Start,
     sink: Sink,
     timeline: Timeline | None = None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Plays one round.
+    """Plays one round; ``meanwhile`` is called once, when the workers have something to do.
 
     Raises:
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
@@ -122,7 +124,7 @@ def play(
     tasks = tasks_of(start, sizes, rules.seed, rules.weight_ahead(crew.stacking))
     shared = rules.strategy.shared(without_master(start.state))
     broadcast = Broadcast(start.block, shared, start.kept)
-    collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline)
+    collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline, meanwhile)
     fold = _fold(layout, rules, start)
     tally = _fold_all(collector, rules, fold, sink, timeline)
     _require_quorum(start, tally, rules.min_clients)

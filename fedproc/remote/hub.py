@@ -195,7 +195,7 @@ class Hub:
         """Read once from whoever has something to say."""
         links, poll = self._watched
         for fd, link in links.items():
-            if link.unsent:
+            if link.unsent and wait != 0.0:  # who only looks does not write
                 poll.modify(fd, select.POLLIN | select.POLLOUT)
         # An end to every poll: what is waited for may come about without anything to read.
         wait = _POLL_SECONDS if wait is None else min(wait, _POLL_SECONDS)
