@@ -15,7 +15,8 @@ written down, a few functions of torch take another way than usual (where ATen a
 from __future__ import annotations
 
 import gc
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -68,9 +69,9 @@ class Programs:
             return found(inputs)
         if found == "once":
             self._found[key] = "refused"
-            program, captured = self._try(function, inputs)
+            program, replayed = self._try(function, inputs)
             results = ordinary(*inputs)
-            if program is not None and _are_equal(captured, results):
+            if program is not None and _are_equal(replayed, results):
                 self._found[key] = program
             return results
         if found is None and len(self._found) < MOST_SHAPES:
@@ -83,13 +84,22 @@ class Programs:
         return found if isinstance(found, Program) else None
 
     def _try(self, function: Compute, inputs: Sequence[Tensor]) -> tuple[Program | None, Results]:
-        """Captures ``function`` and leaves tensors and the random stream as they were."""
+        """Captures ``function`` and replays it once; returns the program and what that gave."""
+        try:
+            with self._undone(inputs):
+                program, _ = capture(function, inputs, self._known)
+            with self._undone(inputs):
+                return program, () if program is None else program(inputs)
+        except Exception:  # noqa: BLE001 - the ordinary way, which follows, raises what it raises
+            return None, ()
+
+    @contextmanager
+    def _undone(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Leaves tensors and the random stream as they were."""
         tensors = [*self._known, *inputs]
         before, stream = [x.detach().clone() for x in tensors], torch.get_rng_state()
         try:
-            return capture(function, inputs, self._known)
-        except Exception:  # noqa: BLE001 - the ordinary way, which follows, raises what it raises
-            return None, ()
+            yield
         finally:
             torch.set_rng_state(stream)
             with torch.no_grad():
@@ -98,7 +108,7 @@ class Programs:
 
 
 def _key(inputs: Sequence[Tensor]) -> Hashable:
-    return tuple([(x.shape, x.dtype, x.stride()) for x in inputs])
+    return tuple([(x.shape, x.dtype, x.stride(), x.storage_offset()) for x in inputs])
 
 
 def capture(

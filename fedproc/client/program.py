@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from fedproc.client.views import Views
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
@@ -106,6 +108,7 @@ class Writer:
         self._variables: set[str] = set()
         self._transposed: dict[str, str] = {}
         self._held: list[Any] = []  # a name belongs to an id while its tensor is alive
+        self._views = Views(inputs)
         for tensor in known:
             self._names.setdefault(id(tensor), self._bind(tensor))
 
@@ -119,6 +122,17 @@ class Writer:
     ) -> None:
         """Adds an operation that gave ``result``, with gradients enabled or not."""
         self._held.append((args, kwargs, result))
+        given, made = list(tensors_in([args, *kwargs.values()])), list(tensors_in([result]))
+        root = self._views.note(func, given, made)
+        if root is not None:
+            for tensor in made:
+                self._show(root, tensor, grad)
+            return
+        turned = self._views.turned(given[0], made[0]) if func is _aten.clone.default else None
+        if turned is not None:
+            for factor, tensor in zip(*turned, strict=True):
+                self._show(factor, tensor, grad)
+            func, args, kwargs = _aten.bmm.default, turned[1], {}
         line = _Line(func, grad)
         line.arguments = [
             *(self._expression(value, line.reads) for value in args),
@@ -132,6 +146,16 @@ class Writer:
         line.targets = [self._variable(tensor) for tensor in (result if line.unpacks else [result])]
         if func is _aten.t.default:
             self._transposed[line.targets[0]] = line.arguments[0]
+        self._lines.append(line)
+
+    def _show(self, root: Tensor, tensor: Tensor, grad: bool) -> None:
+        """Adds what shows ``tensor`` in the memory of ``root``."""
+        self._held.append(tensor)
+        line = _Line(_aten.as_strided.default, grad)
+        form = tensor.size(), tensor.stride(), tensor.storage_offset()
+        line.arguments = [self._expression(root, line.reads), *map(self._bind, form)]
+        line.name = self._bind(torch.as_strided)
+        line.targets = [self._variable(tensor)]
         self._lines.append(line)
 
     def program(self, results: Results) -> Program:
