@@ -1,13 +1,12 @@
 """Copying many bytes quickly, and new memory for them. Runs in parent and workers."""
 
-import _thread
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fedproc.memory import pages
+from fedproc.memory import helpers, pages
 from fedproc.memory.spares import SPARES
 
 SIDE_BY_SIDE_BYTES = 4 << 20
@@ -35,9 +34,7 @@ def side_by_side(
 ) -> None:
     """Call ``work(*arguments)`` for each of some arguments, in this thread and some others.
 
-    They are dealt out in order, to whichever thread is ready. The threads end here: a worker may
-    be forked by its user, and a pool would not survive that. Those of ``threading`` would make
-    this one wait until each has begun, for as long as copying several megabytes takes.
+    They are dealt out in order, to whichever thread is ready.
 
     Raises:
         Exception: the first error, once all were called.
@@ -54,32 +51,20 @@ def side_by_side(
                 except BaseException as error:  # noqa: BLE001 - raised in the caller
                     errors.append(error)
 
-    ends: list[_thread.LockType] = []
+    helping: list[helpers.Helper] = []
     try:
         for _ in range(min(threads, len(each)) - 1):
             with contextlib.suppress(RuntimeError):  # no thread to be had: others do its part
-                ends.append(_started(run))
+                helper = helpers.take()
+                helper.start(run)  # first: who is waited for below must have begun
+                helping.append(helper)
         run()
     finally:
-        for end in ends:
-            end.acquire()
+        for helper in helping:
+            helper.wait()
+    helpers.give_back(helping)
     if errors:
         raise errors[0]
-
-
-def _started(run: Callable[[], None]) -> "_thread.LockType":
-    """Call ``run`` in a thread; the lock is free when it has ended."""
-    end = _thread.allocate_lock()
-    end.acquire()
-
-    def run_and_tell() -> None:
-        try:
-            run()
-        finally:
-            end.release()
-
-    _thread.start_new_thread(run_and_tell, ())
-    return end
 
 
 def fresh(nbytes: int) -> torch.Tensor:

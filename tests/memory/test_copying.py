@@ -1,12 +1,15 @@
 """Copies side by side: nothing is lost in a thread."""
 
+import os
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedproc.memory import copying
+from fedproc.memory import copying, helpers
 
 COUNT = 2 * copying.SIDE_BY_SIDE_BYTES + 5
 
@@ -46,7 +49,7 @@ def test_it_is_done_alone_where_no_thread_can_be_started(one_thread, monkeypatch
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(copying._thread, "start_new_thread", refuse)
+    monkeypatch.setattr(helpers._thread, "start_new_thread", refuse)
     source = torch.arange(COUNT, dtype=torch.uint8)
     target = torch.zeros_like(source)
     copying.copy_bytes(target, source)
@@ -72,3 +75,96 @@ def test_a_large_tensor_is_fetched_in_inference_mode(one_thread, alice):
     pointer = alice.send(values)
     with torch.inference_mode():
         assert torch.equal(pointer.fetch(), values)
+
+
+# ---------------------------------------------------------------- threads
+
+
+def threads() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+
+@pytest.fixture
+def new():
+    """How many threads there are that were not there before, once they are as many as expected."""
+    helpers._end_all()
+    before = threads()
+
+    def settled(count: int) -> int:
+        until = time.monotonic() + 10
+        while len(threads() - before) != count and time.monotonic() < until:
+            time.sleep(0.001)
+        return len(threads() - before)
+
+    yield settled
+    helpers._end_all()
+    assert settled(0) == 0
+
+
+def test_a_thread_serves_many_copies(new):
+    seen = set()
+    for _ in range(5):
+        copying.side_by_side(lambda _: seen.add(threading.get_native_id()), [(0,), (1,)], 2)
+        assert new(1) == 1
+    assert len(seen) <= 2
+
+
+def test_copies_at_the_same_time_have_threads_of_their_own(new):
+    all_here, found = threading.Barrier(6), []
+
+    def work(_):
+        all_here.wait(10)
+        found.append(threading.get_native_id())
+
+    def copy():
+        copying.side_by_side(work, [(0,), (1,)], 2)
+
+    callers = [threading.Thread(target=copy) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(set(found)) == 6
+    assert new(3) == 3
+
+
+def test_no_more_threads_are_kept_than_are_of_use(new):
+    helpers.give_back([helpers.Helper() for _ in range(helpers.MOST_IDLE + 3)])
+    assert new(helpers.MOST_IDLE) == helpers.MOST_IDLE
+
+
+def test_a_thread_that_nobody_waits_for_ends_after_its_job(new):
+    may_end, done = threading.Event(), threading.Event()
+    helper = helpers.take()
+    helper.start(lambda: (may_end.wait(10), done.set()))
+
+    del helper  # Ctrl-C, for instance
+    assert new(1) == 1
+    may_end.set()
+
+    assert done.wait(10)
+    assert new(0) == 0
+
+
+def test_a_helper_on_other_cores_is_not_used(new, monkeypatch):
+    copying.side_by_side(lambda _: None, [(0,), (1,)], 2)
+    (kept,) = helpers._idle
+    monkeypatch.setattr(helpers.os, "sched_getaffinity", lambda _: {999})
+
+    other = helpers.take()
+
+    assert other is not kept
+    assert not helpers._idle
+
+
+def test_a_fork_finds_no_helpers_and_the_child_makes_its_own(new):
+    copying.side_by_side(lambda _: None, [(0,), (1,)], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads that are not ours
+        child = os.fork()
+    if child == 0:
+        found = []
+        copying.side_by_side(found.append, [(0,), (1,)], 2)
+        os._exit(0 if sorted(found) == [0, 1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert new(0) == 0
