@@ -136,9 +136,9 @@ class Writer:
             return
         turned = self._views.turned(given[0], made[0]) if func is _aten.clone.default else None
         if turned is not None:
-            for factor, tensor in zip(*turned, strict=True):
-                self._show(factor, tensor, grad)
-            func, args, kwargs = _aten.bmm.default, turned[1], {}
+            for factor, its_root in zip(*turned, strict=True):
+                self._show(its_root, factor, grad)
+            func, args, kwargs = _aten.bmm.default, turned[0], {}
         line = _Line(func, grad)
         line.arguments = [
             *(self._expression(value, line.reads) for value in args),
@@ -158,8 +158,11 @@ class Writer:
         """Adds what shows ``tensor`` in the memory of ``root``."""
         self._held.append(tensor)
         line = _Line(_aten.as_strided.default, grad)
-        form = tensor.size(), tensor.stride(), tensor.storage_offset()
-        line.arguments = [self._expression(root, line.reads), *map(self._bind, form)]
+        shown, form = self._expression(root, line.reads), _form(tensor)
+        if form == _form(root):
+            self._names[id(tensor)] = shown
+            return
+        line.arguments = [shown, *map(self._bind, form)]
         line.name = self._bind(torch.as_strided)
         line.targets = [self._variable(tensor)]
         self._lines.append(line)
@@ -222,6 +225,10 @@ class Writer:
         if isinstance(tensor, Tensor):
             self._names[id(tensor)] = name
         return name
+
+
+def _form(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
+    return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 def _callable(func: OpOverload[..., Any]) -> Callable[..., Any]:

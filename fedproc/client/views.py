@@ -62,7 +62,7 @@ class Views:
         give it at once, though not for all shapes with the same bits: that is tried.
 
         Returns:
-            The factors, and their transposes; in the order in which those are multiplied.
+            The transposes in the order in which they are multiplied, and in whose memory each lies.
         """
         product = self._roots.get(id(source))
         factors = None if product is None else self._products.get(id(product))
@@ -72,7 +72,9 @@ class Views:
             return None
         left, right = factors
         turned = right.mT, left.mT
-        return ((right, left), turned) if torch.equal(torch.bmm(*turned), copy) else None
+        if not torch.equal(torch.bmm(*turned), copy):
+            return None
+        return turned, (self._roots.get(id(right), right), self._roots.get(id(left), left))
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:

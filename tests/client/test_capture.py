@@ -219,6 +219,127 @@ def test_trying_leaves_tensors_and_the_random_stream_as_they_were() -> None:
     assert all(torch.equal(found, 1 + torch.rand(2)) for found in ours)
 
 
+# ---------------------------------------------------------------- views
+
+
+def in_views(x: Tensor) -> tuple[Tensor, ...]:
+    left, right = x.split([2, 2], dim=1)
+    chained = left.t().unsqueeze(0).expand(3, -1, -1).transpose(1, 2)
+    return chained * 2, right[1:].reshape(-1), (x + 1).view(2, 10)[:, ::3] * 1
+
+
+def through_a_view(x: Tensor) -> tuple[Tensor, ...]:
+    """What is written through a view is seen in the whole, and in views made before."""
+    y = x * 1
+    first = y.view(-1)[:4]
+    y.t()[0].view(5).mul_(3)
+    return y, first, first + 1, y.t().reshape(2, 10)
+
+
+def turned(x: Tensor) -> tuple[Tensor, ...]:
+    product = torch.bmm(x.view(2, 5, 2), x.view(2, 2, 5))
+    return (product.transpose(1, 2).contiguous(),)
+
+
+def turned_of_another(x: Tensor) -> tuple[Tensor, ...]:
+    """A factor is changed before the copy is made."""
+    left = x.view(2, 5, 2) * 1
+    product = torch.bmm(left, x.view(2, 2, 5))
+    left.zero_()
+    return product.transpose(1, 2).contiguous(), left
+
+
+def turned_in_part(x: Tensor) -> tuple[Tensor, ...]:
+    product = torch.bmm(x.view(2, 5, 2), x.view(2, 2, 5))
+    return product.transpose(1, 2)[:, :3].contiguous(), product.transpose(1, 2) + 1
+
+
+@pytest.mark.parametrize(
+    "function", [in_views, through_a_view, turned, turned_of_another, turned_in_part]
+)
+def test_views_show_what_they_showed(function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    torch.manual_seed(0)
+    program = captured(function, torch.randn(5, 4))
+    other = torch.randn(5, 4)
+
+    results = program([other])
+
+    for ours, theirs in zip(results, function(other), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+
+
+def names(program: Program) -> list[str]:
+    """What a program calls, in order."""
+    bound = program._replay.__globals__
+    lines = [line.strip().partition(" = ")[2] for line in program.source.splitlines()]
+    return [bound[line.partition("(")[0]].__name__ for line in lines if line]
+
+
+def test_a_chain_of_views_is_one_and_what_nobody_reads_is_none() -> None:
+    assert names(captured(in_views, torch.ones(5, 4))) == [
+        *("as_strided", "mul"),  # of the left half
+        *("as_strided", "clone", "as_strided"),  # of the right half
+        *("add", "as_strided", "mul"),
+    ]
+
+
+def test_a_copy_of_a_transposed_product_is_the_product_of_turned_factors() -> None:
+    assert names(captured(turned, torch.ones(5, 4))) == ["as_strided", "as_strided", "bmm"]
+    for function in (turned_of_another, turned_in_part):
+        assert "clone" in names(captured(function, torch.ones(5, 4)))
+
+
+def test_turned_factors_are_not_taken_where_the_bits_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    equal = torch.equal
+    monkeypatch.setattr("fedproc.client.views.torch.equal", lambda a, b: False)
+    program, _ = capture(turned, [torch.ones(5, 4)], [])
+    monkeypatch.setattr("fedproc.client.views.torch.equal", equal)
+    assert program is not None
+    assert names(program)[-1] == "clone"
+
+
+def test_a_known_tensor_may_come_to_lie_otherwise() -> None:
+    parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    x = torch.ones(2, 2)
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        return (x.mm(parameter.detach()).t().reshape(-1)[1:] + parameter.detach().t()[0, 0],)
+
+    program, _ = capture(compute, [x], [parameter])
+    assert program is not None
+    parameter.data = torch.arange(12.0).reshape(3, 4).t()[1:3]
+
+    assert torch.equal(program([x])[0], compute(x)[0])
+
+
+def test_inputs_that_lie_elsewhere_in_their_memory_have_a_program_of_their_own() -> None:
+    programs, whole = Programs([]), torch.arange(60.0)
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        return (x.t()[1:].unsqueeze(0) * 1,)
+
+    for start in (0, 20, 0, 20, 0, 20):
+        x = whole[start : start + 20].view(5, 4)
+        assert torch.equal(programs(compute, compute, [x])[0], compute(x)[0])
+    assert [type(found) for found in programs._found.values()] == [Program, Program]
+
+
+def test_a_program_that_gives_other_bits_than_was_written_down_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_BINDINGS, torch.ops.aten.mul.Tensor, lambda a, b: torch.mul(a, b) + 1e-6)
+    programs, x = Programs([]), torch.ones(3)
+
+    def square(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * x,)
+
+    assert [programs(square, square, [x])[0].tolist() for _ in range(3)] == [[1.0] * 3] * 3
+    assert list(programs._found.values()) == ["refused"]
+
+
 # ---------------------------------------------------------------- torch's own bindings
 
 ATEN = torch.ops.aten
