@@ -227,7 +227,7 @@ class Writer:
         return name
 
 
-def _form(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
+def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
