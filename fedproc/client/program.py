@@ -227,7 +227,7 @@ class Writer:
         return name
 
 
-def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
