@@ -26,7 +26,7 @@ from fedproc.client.training import (
     non_finite_update,
     run_local_epochs,
 )
-from fedproc.client.update import NO_BLOCK, Task, Update, Updates, unpack_tasks
+from fedproc.client.update import NO_BLOCK, Task, Update, Updates, block_of, unpack_tasks
 from fedproc.client.work import Span, Work
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Trainer(Evaluator):
 
     def train(
         self,
-        block: Tensor,
+        block: Tensor | bytes,
         task: Task,
         state: dict[str, Any] | None = None,
         shared: Mapping[str, Tensor] | None = None,
@@ -78,7 +78,7 @@ class Trainer(Evaluator):
         """Trains one client from the global model.
 
         Args:
-            block: The global model: uint8, shape (nbytes,), read only.
+            block: The global model: uint8, shape (nbytes,), read only; or its bytes.
             task: Which client, which round.
             state: What the client kept from its last accepted update; may be written to.
             shared: What the strategy sent to all clients of the round.
@@ -89,7 +89,7 @@ class Trainer(Evaluator):
         try:
             self._footprint.step(task.place)
             layout = self._resident.layout
-            pieces, space = layout.pieces(block), self._work.blocks(layout, [task])[0]
+            pieces, space = layout.pieces(block_of(block)), self._work.blocks(layout, [task])[0]
             with self._training():
                 update = self._train(pieces, task, (state or {}, shared or {}), layout.slot(space))
             update.block = space[: layout.nbytes]
@@ -99,7 +99,7 @@ class Trainer(Evaluator):
 
     def train_some(
         self,
-        block: Tensor,
+        block: Tensor | bytes,
         packed: bytes,
         states: Mapping[str, dict[str, Any]] | None = None,
         shared: Mapping[str, Tensor] | None = None,
@@ -109,7 +109,7 @@ class Trainer(Evaluator):
         ``packed``: their tasks, see ``pack_tasks``; ``states``: client -> what it kept.
         """
         tasks, layout = self._entered(packed), self._resident.layout
-        pieces, blocks = layout.pieces(block), self._work.blocks(layout, tasks)
+        pieces, blocks = layout.pieces(block_of(block)), self._work.blocks(layout, tasks)
         updates: list[Update | None] = []
         with self._training():
             for task, slot in zip(tasks, layout.slots(blocks), strict=True):
@@ -120,7 +120,7 @@ class Trainer(Evaluator):
 
     def train_stack(
         self,
-        block: Tensor,
+        block: Tensor | bytes,
         packed: bytes,
         states: Mapping[str, dict[str, Any]] | None = None,
         shared: Mapping[str, Tensor] | None = None,
@@ -134,7 +134,8 @@ class Trainer(Evaluator):
         """
         tasks = self._entered(packed)
         self._footprint.step(tasks[0].place)
-        known, pieces = (states or {}, shared or {}), self._resident.layout.pieces(block)
+        known, block = (states or {}, shared or {}), block_of(block)
+        pieces = self._resident.layout.pieces(block)
         with self._training():
             with self._loaded(pieces, derive_seed("stack"), torch_only=self._is_closed):
                 self._resident.train()

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
 
 
+def block_of(sent: Tensor | bytes) -> Tensor:
+    """Returns a block (uint8, shape (nbytes,), read only) that may have come as its bytes."""
+    if isinstance(sent, Tensor):
+        return sent
+    return torch.frombuffer(bytearray(sent), dtype=torch.uint8)
+
+
 class Task(NamedTuple):
     """One client's work in one round.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fedproc.client.update import pack_tasks
 from fedproc.federated.passing import call_there, send_along
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from fedproc.federated.crew import Crew
     from fedproc.federated.lane import Lane
     from fedproc.federated.passing import Promise
+
+
+# A model of this size goes with the first command of a round: sending it by itself, as an object
+# of the worker, takes as long as training several rows.
+_ALONG_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class Commands:
         self._crew = crew
         self._broadcast = broadcast
         self._tasks = tasks
+        self._along: set[str] = set()  # workers whose first command was sent
 
     def train(self, name: str, lane: Lane, clients: Sequence[str], method: str) -> Promise:
         """Lets a worker train clients; a single one is trained by ``train``.
@@ -69,10 +75,14 @@ class Commands:
         return call_there(trainer, method, block, tasks, states, shared)
 
     def _sent(self, name: str, lane: Lane) -> tuple[Any, Any]:
+        """Returns what a command says of the model, and of what the strategy sends besides."""
+        block, shared = self._broadcast.block, self._broadcast.shared
+        is_small = len(block) <= _ALONG_BYTES and not shared
+        if lane.sent is None and is_small and name not in self._along:
+            self._along.add(name)
+            return block.numpy().tobytes(), None
         if lane.sent is None:
-            worker, shared = self._crew.worker(name), self._broadcast.shared
-            lane.sent = (
-                send_along(worker, self._broadcast.block),
-                send_along(worker, dict(shared)) if shared else None,
-            )
+            worker = self._crew.worker(name)
+            there = send_along(worker, block)
+            lane.sent = there, send_along(worker, dict(shared)) if shared else None
         return lane.sent
