@@ -5,15 +5,17 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedproc.client.trail import IDLE, Footprint, Trail
 from fedproc.client.training import LocalTraining
 from fedproc.cluster.cluster import Cluster
 from fedproc.errors import NotPermittedError, RemoteError, WorkerLostError
+from fedproc.federated import commanding
 from fedproc.federated.aggregator import Aggregator
 from fedproc.federated.data import FederatedDataset
 from fedproc.federated.lane import Pace
-from fedproc.federated.strategies import Scaffold
+from fedproc.federated.strategies import FedAvg, Scaffold
 from tests.federated.worlds import bits, cross_entropy, dropout_net, linear, sgd, shards
 
 SIZES = [3 + n % 5 for n in range(24)]
@@ -40,6 +42,47 @@ def test_bits_do_not_depend_on_batches(together, transport):
         alone = Aggregator(dropout_net(), FederatedDataset(shards(SIZES), cluster), LOCAL)
         alone.run(2)
     assert bits(aggregator.model) == bits(alone.model)
+
+
+@pytest.fixture
+def objects(monkeypatch):
+    """Workers that were sent the model as an object of their own."""
+    found = []
+    send = commanding.send_along
+
+    def noted(worker, value):
+        if isinstance(value, torch.Tensor):
+            found.append(worker.name)
+        return send(worker, value)
+
+    monkeypatch.setattr(commanding, "send_along", noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("along", "strategy", "expected"),
+    [
+        (commanding._ALONG_BYTES, FedAvg, [0, 2, 2]),
+        (8, FedAvg, [2, 2, 2]),
+        (commanding._ALONG_BYTES, Scaffold, [2, 2, 2]),  # which sends tensors, too
+    ],
+)
+def test_a_small_model_goes_with_the_first_command(
+    along, strategy, expected, objects, monkeypatch, transport
+):
+    monkeypatch.setattr(commanding, "_ALONG_BYTES", along)
+    models = []
+    for most, count in zip((32, 6, 1), expected, strict=True):  # one, two, twelve commands
+        monkeypatch.setattr(Pace, "batch_size", lambda self, nbytes, most=most: most)
+        with Cluster(2, transport=transport) as cluster:
+            data = FederatedDataset(shards(SIZES), cluster)
+            aggregator = Aggregator(linear(), data, LOCAL, strategy=strategy())
+            for _ in range(2):
+                objects.clear()
+                aggregator.run(1)
+                assert len(objects) == count
+        models.append(bits(aggregator.model))
+    assert models[0] == models[1] == models[2]
 
 
 def test_state_of_clients_in_a_batch(together, transport):
