@@ -77,11 +77,11 @@ class Orders:
         drawn, ends = [], [0]
         generator = torch.Generator()
         for place in self.sorted:
-            epochs = -(-steps[place] // batches[place])
+            size, epochs = sizes[place], -(-steps[place] // batches[place])
             if local.shuffle:
                 generator.manual_seed(seeds[place])
-            drawn += _epochs(sizes[place], epochs, local, generator)
-            ends.append(ends[-1] + epochs * sizes[place])
+            drawn += [_order(size, local, generator) for _ in range(epochs)]
+            ends.append(ends[-1] + epochs * size)
         places = self._fill(np.array(sizes)[self.sorted], np.array(ends[:-1]), local.batch_size)
         # rows of each batch, padded: (steps, clients, width)
         self._index = torch.cat(drawn).numpy()[places] + np.array(starts)[self.sorted][:, None]
@@ -147,15 +147,10 @@ def first_batches(
     for start, size, seed in zip(starts, sizes, seeds, strict=True):
         if local.shuffle:
             generator.manual_seed(seed)
-        (order,) = _epochs(size, 1, local, generator)
-        batches.append(order[: local.batch_size] + start)
+        batches.append(_order(size, local, generator)[: local.batch_size] + start)
     return batches
 
 
-def _epochs(
-    size: int, epochs: int, local: LocalTraining, generator: torch.Generator
-) -> list[Tensor]:
-    """Draws the order of the rows for each epoch of one client."""
-    if not local.shuffle:
-        return [torch.arange(size)] * epochs
-    return [torch.randperm(size, generator=generator) for _ in range(epochs)]
+def _order(size: int, local: LocalTraining, generator: torch.Generator) -> Tensor:
+    """Draws the order of the rows of one client for one epoch."""
+    return torch.randperm(size, generator=generator) if local.shuffle else torch.arange(size)
