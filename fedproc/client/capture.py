@@ -50,9 +50,15 @@ class Programs:
     second, what was captured is compared with the ordinary way, bit by bit; others are replayed.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        """``known``: tensors that are read or changed, the same ones in every call."""
+    def __init__(self, known: Iterable[Tensor], *, turns: bool = False) -> None:
+        """Knows nothing of the computation yet.
+
+        Args:
+            known: Tensors that are read or changed, the same ones in every call.
+            turns: Other bits would do, too: see ``Views.turned``.
+        """
         self._known = list(known)
+        self._turns = turns
         self._found: dict[Hashable, Program | Literal["once", "refused"]] = {}
 
     def __call__(self, function: Compute, ordinary: Compute, inputs: Sequence[Tensor]) -> Results:
@@ -87,7 +93,7 @@ class Programs:
         """Captures ``function`` and replays it once; returns the program and what that gave."""
         try:
             with self._undone(inputs):
-                program, _ = capture(function, inputs, self._known)
+                program, _ = capture(function, inputs, self._known, turns=self._turns)
             with self._undone(inputs):
                 return program, () if program is None else program(inputs)
         except Exception:  # noqa: BLE001 - the ordinary way, which follows, raises what it raises
@@ -112,7 +118,11 @@ def _key(inputs: Sequence[Tensor]) -> Hashable:
 
 
 def capture(
-    function: Compute, inputs: Sequence[Tensor], known: Iterable[Tensor]
+    function: Compute,
+    inputs: Sequence[Tensor],
+    known: Iterable[Tensor],
+    *,
+    turns: bool = False,
 ) -> tuple[Program | None, Results]:
     """Calls ``function`` and writes down what it does.
 
@@ -120,6 +130,7 @@ def capture(
         function: Takes ``inputs``; returns tensors.
         inputs: What differs from one call to the next, in values but not in shape.
         known: Tensors that it reads or changes besides, the same ones in every call.
+        turns: See :class:`Programs`.
 
     Returns:
         The program, and the results. None if it cannot be replayed: an operation looks at values,
@@ -135,7 +146,7 @@ def capture(
             gc.enable()
     if recorder.refused:
         return None, results
-    writer = Writer(inputs, known)
+    writer = Writer(inputs, known, turns=turns)
     try:
         for call in recorder.calls:
             writer.add(*call)

@@ -106,7 +106,7 @@ class _Line:
 class Writer:
     """Writes the source of a program: a call for each operation, a variable for each result."""
 
-    def __init__(self, inputs: Sequence[Tensor], known: Iterable[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], known: Iterable[Tensor], *, turns: bool) -> None:
         self._inputs = [f"x{place}" for place in range(len(inputs))]
         self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True)}
         self._bound: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled}
@@ -114,7 +114,7 @@ class Writer:
         self._variables: set[str] = set()
         self._transposed: dict[str, str] = {}
         self._held: list[Any] = []  # a name belongs to an id while its tensor is alive
-        self._views = Views(inputs)
+        self._views = Views(inputs, turns=turns)
         for tensor in known:
             self._names.setdefault(id(tensor), self._bind(tensor))
 

@@ -85,7 +85,7 @@ class Stacks:
         # as local epochs give them to the optimizer; of one dtype, this is the order of a block
         self._parameters = self._repeatable.parameters
         self._row_losses = row_losses(local.loss)
-        self._programs = Programs(self._repeatable.known)
+        self._programs = Programs(self._repeatable.known, turns=True)
         self._mean: bool | None = None
         self._looked_at: Tensor | None = None
 

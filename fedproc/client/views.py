@@ -8,7 +8,7 @@ memory, a chain of such operations is one view of the first tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
 _aten = torch.ops.aten
+_TRIALS: Final = 4
 
 
 class Views:
     """The tensors of a computation, in the order in which they are made; all are kept alive."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        """Knows the inputs, whose form is the same in every replay."""
+    def __init__(self, inputs: Sequence[Tensor], *, turns: bool) -> None:
+        """Knows the inputs, whose form is the same in every replay.
+
+        ``turns``: copies of transposed products may be found, see :meth:`turned`.
+        """
+        self._turns = turns
         # Known tensors may come to lie otherwise (``parameter.data = ...``), and what is computed
         # of them with them: of those nothing is noted.
         self._formed = set(map(id, inputs))
@@ -59,12 +64,13 @@ class Views:
         """Finds the product that a contiguous copy of ``source`` is.
 
         Copying a transposed product takes longer than forming it. The transposes of its factors
-        give it at once, though not for all shapes with the same bits: that is tried.
+        give it at once, though not for all shapes with the same bits: that is tried with random
+        numbers. A trial is no proof, so it is not for what must have the bits of another way.
 
         Returns:
             The transposes in the order in which they are multiplied, and in whose memory each lies.
         """
-        product = self._roots.get(id(source))
+        product = self._roots.get(id(source)) if self._turns else None
         factors = None if product is None else self._products.get(id(product))
         if product is None or factors is None or not copy.is_contiguous():
             return None
@@ -72,9 +78,28 @@ class Views:
             return None
         left, right = factors
         turned = right.mT, left.mT
-        if not torch.equal(torch.bmm(*turned), copy):
+        if not torch.equal(torch.bmm(*turned), copy) or not _have_equal_bits(left, right):
             return None
         return turned, (self._roots.get(id(right), right), self._roots.get(id(left), left))
+
+
+def _have_equal_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether factors that lie like these give the same bits when they are turned."""
+    generator = torch.Generator().manual_seed(0)  # nobody's stream
+    for _ in range(_TRIALS):
+        try:
+            drawn = [
+                torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).normal_(
+                    generator=generator
+                )
+                for t in (left, right)
+            ]
+        except RuntimeError:  # numbers of other kinds; elements that share their memory
+            return False
+        product, turned = torch.bmm(*drawn), torch.bmm(drawn[1].mT, drawn[0].mT)
+        if not torch.equal(product.mT, turned):
+            return False
+    return True
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from fedproc.memory import helpers, pages
 from fedproc.memory.spares import SPARES
+from fedproc.memory.undisturbed import undisturbed
 
 SIDE_BY_SIDE_BYTES = 4 << 20
 """From here on a copy is worth threads, and new memory large pages."""
@@ -34,7 +35,8 @@ def side_by_side(
 ) -> None:
     """Call ``work(*arguments)`` for each of some arguments, in this thread and some others.
 
-    They are dealt out in order, to whichever thread is ready.
+    They are dealt out in order, to whichever thread is ready. After Ctrl-C no more are dealt out,
+    and no thread is still at work when it is raised: whoever catches it may use the memory again.
 
     Raises:
         Exception: the first error, once all were called.
@@ -53,16 +55,18 @@ def side_by_side(
 
     helping: list[helpers.Helper] = []
     try:
-        for _ in range(min(threads, len(each)) - 1):
-            with contextlib.suppress(RuntimeError):  # no thread to be had: others do its part
-                helper = helpers.take()
-                helper.start(run)  # first: who is waited for below must have begun
-                helping.append(helper)
+        with undisturbed(), contextlib.suppress(RuntimeError):  # no thread to be had
+            for _ in range(min(threads, len(each)) - 1):
+                helping.append(helpers.take())
+                helping[-1].start(run)
         run()
     finally:
-        for helper in helping:
-            helper.wait()
-    helpers.give_back(helping)
+        with undisturbed():
+            for _ in left:  # none, but after Ctrl-C
+                pass
+            for helper in helping:
+                helper.wait()
+            helpers.give_back(helping)
     if errors:
         raise errors[0]
 

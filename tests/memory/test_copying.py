@@ -1,6 +1,7 @@
 """Copies side by side: nothing is lost in a thread."""
 
 import os
+import signal
 import threading
 import time
 import warnings
@@ -168,3 +169,20 @@ def test_a_fork_finds_no_helpers_and_the_child_makes_its_own(new):
         os._exit(0 if sorted(found) == [0, 1] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert new(0) == 0
+
+
+def test_ctrl_c_is_raised_when_no_thread_is_at_work(new):
+    main, both, done = threading.get_ident(), threading.Barrier(2), []
+
+    def work(number):
+        both.wait(10)
+        if threading.get_ident() != main:
+            signal.pthread_kill(main, signal.SIGINT)
+            for _ in range(20_000):
+                os.sched_yield()
+            done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        copying.side_by_side(work, [(0,), (1,)], 2)
+    assert len(done) == 1
+    assert new(1) == 1
