@@ -174,12 +174,16 @@ def test_a_fork_finds_no_helpers_and_the_child_makes_its_own(new):
 def test_ctrl_c_is_raised_when_no_thread_is_at_work(new):
     main, both, done = threading.get_ident(), threading.Barrier(2), []
 
+    def give_way():
+        for _ in range(20_000):
+            os.sched_yield()
+
     def work(number):
         both.wait(10)
         if threading.get_ident() != main:
+            give_way()  # until the main thread waits for this one
             signal.pthread_kill(main, signal.SIGINT)
-            for _ in range(20_000):
-                os.sched_yield()
+            give_way()
             done.append(number)
 
     with pytest.raises(KeyboardInterrupt):
