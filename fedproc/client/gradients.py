@@ -34,6 +34,7 @@ class Gradients:
         self._loss = loss
         self._repeatable = Repeatable(model, loss)
         self.parameters = self._repeatable.parameters
+        self._strides = [parameter.stride() for parameter in self.parameters]
         # the gradient of the loss by itself; autograd would make one in every step
         self._one = torch.ones((), dtype=self.parameters[0].dtype)
         self._programs = Programs([*self._repeatable.known, self._one])
@@ -88,9 +89,11 @@ class Gradients:
         return value
 
     def _are_clear(self) -> bool:
-        """Whether ``backward`` would do nothing but make a gradient of each parameter."""
-        for p in self.parameters:
+        """Whether ``backward`` would do what it did, and only make a gradient of each parameter."""
+        for p, stride in zip(self.parameters, self._strides, strict=True):
             if p.grad is not None or not p.requires_grad or is_watched(p):
+                return False
+            if p.stride() != stride:  # an optimizer replaced ``p.data``; backward looks at that
                 return False
         return torch.is_grad_enabled()
 

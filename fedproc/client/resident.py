@@ -49,6 +49,7 @@ class Resident:
         self.model = copy.deepcopy(self._pristine) if self._custom else self._pristine
         self._tensors = self.layout.tensors(self.model)
         self._members = [member for members in self._tensors for member in members]
+        self._strides = [member.stride() for member in self._members]
         self._parameters = list(self.model.parameters())
         self._flags = [parameter.requires_grad for parameter in self._parameters]
         self._versions = self._frozen_versions()
@@ -57,7 +58,17 @@ class Resident:
 
     def load(self, pieces: Sequence[Tensor]) -> None:
         """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them."""
+        if [member.stride() for member in self._members] != self._strides:
+            self._straighten()
         load(pieces, self._members)
+
+    def _straighten(self) -> None:
+        """Undoes what ``parameter.data = ...`` did: strides decide bits of the next client."""
+        for member, stride in zip(self._members, self._strides, strict=True):
+            if member.stride() != stride:
+                member.data = torch.empty_strided(
+                    member.shape, stride, dtype=member.dtype, device=member.device
+                )
 
     def train(self) -> None:
         """Puts the model into training mode; torch would set every module again."""

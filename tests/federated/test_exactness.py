@@ -115,6 +115,22 @@ def test_frozen_parameters_stay_and_do_not_travel(anywhere):
     assert found["0.weight"] == bits(frozen())["0.weight"]
 
 
+class Replacing(torch.optim.SGD):
+    """Puts parameters into other memory, where they lie otherwise."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                moved = parameter.data - group["lr"] * parameter.grad
+                parameter.data = moved.t().contiguous().t() if moved.ndim == 2 else moved
+
+
+def test_an_optimizer_that_replaces_the_data_of_parameters(anywhere):
+    data, optimizer = shards(SIZES), functools.partial(Replacing, lr=0.05)
+    options = {"optimizer": optimizer, "epochs": 2, "batch_size": 5}
+    assert run(dropout_net(), data, anywhere, **options) == oracle(dropout_net(), data, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(anywhere, dtype):
     data = {client: (x.to(dtype), y) for client, (x, y) in shards(SIZES).items()}
