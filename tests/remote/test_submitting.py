@@ -2,6 +2,7 @@
 
 import _thread
 import gc
+import socket
 import sys
 import time
 
@@ -11,7 +12,7 @@ import torch
 import fedproc as fp
 from fedproc.remote import outbox
 from fedproc.remote.encode import sent_as
-from fedproc.remote.hub import Hub
+from fedproc.remote.hub import Hub, _watch
 from fedproc.remote.site import Site, caller
 from fedproc.remote.tensor import TensorPointer
 
@@ -186,3 +187,30 @@ def test_a_found_pointer_owns_nothing_and_a_chain_of_it_neither(cluster):
     assert _count(bob) == before[1]
     with pytest.raises(fp.ObjectGoneError):
         found.fetch()
+
+
+class Waiting:
+    """A link with something to write, whose other end has room for it."""
+
+    name = "alice"
+
+    def __init__(self, descriptor):
+        self.descriptor, self.unsent = descriptor, True
+
+    def fileno(self):
+        return self.descriptor
+
+    def flush(self):
+        self.unsent = False
+        return True
+
+
+def test_who_only_looks_for_answers_writes_nothing():
+    here, there = socket.socketpair()
+    with here, there:
+        hub, link = Hub(lambda: None), Waiting(here.fileno())
+        hub._watched = _watch({here.fileno(): link})  # without the janitor, who writes, too
+        hub.look()
+        assert link.unsent
+        link.resume = lambda: None
+        assert hub.wait_until(lambda: not link.unsent, 10)
