@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from fedproc.client.update import Task, Update
     from fedproc.federated.crew import Crew
+    from fedproc.federated.rules import Rules
 
 # What was finished at the deadline is taken all the same; its worker answers at once.
 _GRACE_SECONDS: Final = 1.0
@@ -44,9 +45,8 @@ class Collector:
         crew: Crew,
         broadcast: Broadcast,
         tasks: Mapping[str, Task],
-        retries: int,
-        deadline: float | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        rules: Rules,
+        meanwhile: Callable[[], None],
     ) -> None:
         """Prepares a round.
 
@@ -54,16 +54,17 @@ class Collector:
             crew: The trainers.
             broadcast: What the clients start from.
             tasks: Client -> its task, in cohort order.
-            retries: How often a client that was training when its worker was lost trains again.
-            deadline: Seconds from now; a client that is not done then is a failure.
+            rules: Say how often a client that was training when its worker was lost trains again,
+                and in how many seconds from now one that is not done is a failure.
             meanwhile: Called once, when the workers have something to do.
         """
         self._crew = crew
         self._commands = Commands(crew, broadcast, tasks)
         self._tasks = tasks
-        self._retries = retries
-        self._deadline = Deadline(deadline)
+        self._retries = rules.retries
+        self._deadline = Deadline(rules.deadline)
         self._meanwhile = meanwhile
+        self._is_supplied = False
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
         self._seen: dict[str, Batch] = {}  # of updates that are read where they are
@@ -115,9 +116,9 @@ class Collector:
                 return
             try:
                 self._submit()
-                if self._meanwhile is not None:
+                if not self._is_supplied:
+                    self._is_supplied = True
                     self._meanwhile()
-                    self._meanwhile = None
                 self._fetch(self._lanes[self._homes[client]], self._deadline.left())
             except WorkerLostError as error:
                 self._recover(error.worker or self._homes[client], error)

@@ -96,7 +96,9 @@ class Course:
         number = self.round + 1
         cohort = self._draw(number)
         sink(RoundStarted(number, last, len(cohort)))
-        start = Start(number, cohort, self.block(), self.state, self.kept, self.ledger)
+        start = Start(
+            number, cohort, self.block(), self.state, self.kept, self.ledger, self._look_ahead
+        )
         outcome = self._computed(start, sink, timeline)
         seconds, messages = time.perf_counter() - started, traffic.since()
         record = outcome.record(start, seconds=seconds, message_bytes=messages)
@@ -117,8 +119,7 @@ class Course:
     def _computed(self, start: Start, sink: Sink, timeline: Timeline | None) -> Outcome:
         layout, rules = self._global.layout, self._rules
         try:
-            ahead = partial(self._look_ahead, start)
-            return self._play(self._crew, layout, rules, start, sink, timeline, meanwhile=ahead)
+            return self._play(self._crew, layout, rules, start, sink, timeline)
         except Exception as error:
             self.round = start.number  # not after Ctrl-C: an interrupted round is played again
             if isinstance(error, QuorumError):
@@ -159,10 +160,10 @@ class Course:
             self._ahead = number, cohort
         return self._ahead[1]
 
-    def _look_ahead(self, start: Start) -> None:
+    def _look_ahead(self) -> None:
         """Draws the next cohort; a private one is drawn when the round before was accounted for."""
         if self.ledger is None:
-            self._draw(start.number + 1)
+            self._draw(self.round + 2)
 
     def _commit(self) -> None:
         """Takes over what a round made. Interrupted anywhere, it can be done again."""

@@ -47,6 +47,7 @@ class Start:
         state: State of the strategy, and the master of half-precision parameters.
         kept: Client -> what it keeps between rounds.
         ledger: Clips and adds noise; None does neither.
+        meanwhile: Called once, when the workers have something to do.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Start:
     state: State
     kept: Mapping[str, dict[str, Any]]
     ledger: Ledger | None = None
+    meanwhile: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,8 @@ def play(
     start: Start,
     sink: Sink,
     timeline: Timeline | None = None,
-    *,
-    meanwhile: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Plays one round; ``meanwhile`` is called once, when the workers have something to do.
+    """Plays one round.
 
     Raises:
         QuorumError: Fewer than ``min_clients`` updates, or too few for the strategy.
@@ -124,7 +124,7 @@ def play(
     tasks = tasks_of(start, sizes, rules.seed, rules.weight_ahead(crew.stacking))
     shared = rules.strategy.shared(without_master(start.state))
     broadcast = Broadcast(start.block, shared, start.kept)
-    collector = Collector(crew, broadcast, tasks, rules.retries, rules.deadline, meanwhile)
+    collector = Collector(crew, broadcast, tasks, rules, start.meanwhile)
     fold = _fold(layout, rules, start)
     tally = _fold_all(collector, rules, fold, sink, timeline)
     _require_quorum(start, tally, rules.min_clients)

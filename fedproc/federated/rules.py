@@ -25,7 +25,8 @@ class Rules:
         weigh: Rows of a client -> its weight.
         seed: Seed of the run.
         min_clients: Fewest accepted updates; with ``privacy`` any number will do.
-        retries, deadline: See :class:`fedproc.federated.collecting.Collector`.
+        retries: How often a client trains again that was training when its worker was lost.
+        deadline: Seconds a round may take; a client that is not done then is a failure.
         secure: How rounds of :mod:`fedproc.federated.secure_round` are played; None in others.
     """
 

@@ -50,12 +50,8 @@ def play(
     start: Start,
     sink: Sink,
     timeline: Timeline | None = None,
-    *,
-    meanwhile: Callable[[], None] | None = None,
 ) -> Outcome:
     """Plays one round, see :func:`fedproc.federated.round.play`.
-
-    Workers answer one step after the other: ``meanwhile`` is called before the first.
 
     Raises:
         QuorumError: Fewer clients than the threshold or ``min_clients``; nothing was unmasked.
@@ -73,8 +69,7 @@ def play(
         deadline=Deadline(rules.deadline),
         taken=_Listener(start.number, sink, timeline),
     )
-    if meanwhile is not None:
-        meanwhile()
+    start.meanwhile()  # workers answer one step after the other: there is no better time
     # The workers have the cores: waking torch's other threads costs more than they help here.
     with torch_threads(1):
         attempt, total = _sum(begin, crew, rules, start)
