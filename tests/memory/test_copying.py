@@ -171,7 +171,15 @@ def test_a_fork_finds_no_helpers_and_the_child_makes_its_own(new):
     assert new(0) == 0
 
 
-def test_ctrl_c_is_raised_when_no_thread_is_at_work(new):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where a shell has it ignored by what runs behind it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_raised_when_no_thread_is_at_work(new, ctrl_c):
     main, both, done = threading.get_ident(), threading.Barrier(2), []
 
     def give_way():
