@@ -112,7 +112,7 @@ class Descent:
         return take
 
     def _plain(self, lr: float, ordinary: Step) -> Step:
-        """Steps of SGD that nobody has a part in: of small models, ``grad`` is half of the cost."""
+        """Steps of SGD that nobody has a part in; setting ``grad`` costs small models a tenth."""
 
         def take(x: Tensor, y: Tensor, taken: int) -> float:
             loss = self.gradients.descend(x, y, taken, lr)

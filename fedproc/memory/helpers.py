@@ -70,11 +70,7 @@ def take() -> Helper:
     Raises:
         RuntimeError: there are too many threads.
     """
-    while _idle:
-        try:
-            helper = _idle.pop()
-        except IndexError:  # another thread was first
-            break
+    while (helper := _pop()) is not None:
         if helper.may_run_here:
             return helper
     return Helper()
@@ -86,9 +82,16 @@ def give_back(helpers: list[Helper]) -> None:
     del _idle[MOST_IDLE:]
 
 
+def _pop() -> Helper | None:
+    try:
+        return _idle.pop()
+    except IndexError:  # there is none, or another thread was first
+        return None
+
+
 def _end_all() -> None:
-    while _idle:
-        _idle.pop().end()
+    while (helper := _pop()) is not None:
+        helper.end()
 
 
 # A helper that another thread gave back this moment is none in the child.
