@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -32,18 +32,6 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def derive_seeds(seed: int, number: int, clients: Iterable[str], purpose: str) -> list[int]:
-    """Derives the seeds of many clients in a third of the time.
-
-    Returns:
-        What ``derive_seed(seed, number, client, purpose)`` gives for each.
-    """
-    parts = [f"({seed!r}, {number!r}, {client!r}, {purpose!r})" for client in clients]
-    digests = b"".join([blake2b(part.encode(), digest_size=8).digest() for part in parts])
-    seeds: list[int] = (np.frombuffer(digests, np.dtype("<u8")) >> np.uint64(1)).tolist()
-    return seeds
 
 
 def generator_for(*parts: int | str) -> torch.Generator:

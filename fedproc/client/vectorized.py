@@ -29,7 +29,7 @@ from fedproc.client.row_loss import (
     row_losses,
 )
 from fedproc.client.rules import step_norm
-from fedproc.client.seeding import derive_seeds
+from fedproc.client.seeding import derive_seed
 from fedproc.client.shards import Shards
 from fedproc.client.single_step import SharedStep, is_affine, is_sound
 from fedproc.client.stacked_optimizer import StackedOptimizer
@@ -243,8 +243,7 @@ class Stacks:
 
 
 def _seeds(tasks: Sequence[Task]) -> list[int]:
-    first = tasks[0]  # all are of one round
-    return derive_seeds(first.seed, first.round, [task.client for task in tasks], "shuffle")
+    return [derive_seed(task.seed, task.round, task.client, "shuffle") for task in tasks]
 
 
 def _updates(

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fedproc.client.seeding import (
     derive_seed,
-    derive_seeds,
     generator_for,
     preserved_streams,
     seed_streams,
@@ -72,12 +71,3 @@ def test_threads_are_given_back():
     assert torch.get_num_threads() == before
     with torch_threads(None):
         assert torch.get_num_threads() == before
-
-
-def test_seeds_of_many_clients_are_those_of_each() -> None:
-    clients = ["a", "client-17", "it's", 'a "b"', "ü\n\\", "'\""]
-    for seed, number in ((0, 1), (-3, 12), (2**70, 999)):
-        found = derive_seeds(seed, number, clients, "shuffle")
-        assert found == [derive_seed(seed, number, client, "shuffle") for client in clients]
-        assert all(type(each) is int and 0 <= each < 2**63 for each in found)
-    assert derive_seeds(0, 1, [], "shuffle") == []
