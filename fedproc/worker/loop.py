@@ -40,50 +40,27 @@ _NO_RESULT = frozenset(
 def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECONDS) -> None:
     """Serve until told to stop or the parent is gone.
 
+    A signal handler that a command has installed may raise anywhere, and must not end the worker.
+    CPython runs such handlers where something is called or a loop jumps back. The except clauses
+    do neither, and the jump of the inner loop lies in the try of the outer one.
+
     Args:
         host: the worker.
         turn: entered around every command (inline workers share the parent's generators).
         spin_seconds: how long to look for the next command before sleeping.
     """
-    channel = host.channel
     lend_from(host.arena)
-    loop = Loop(host, turn)
-    upkeep, lookout = Upkeep(host.arena), Lookout(spin_seconds)
-    poll = select.poll()
-    poll.register(channel, select.POLLIN)
-    interrupted: BaseException | None = None
-    while not (host.stopped or channel.ended):
+    loop = Loop(host, turn, spin_seconds)
+    while not loop.ended:
         try:
-            if interrupted is None:
-                if lookout.look(poll):  # while the parent prepares the next command
-                    upkeep.look(busy=True)
-                else:
-                    loop.report()
-                    _wait(channel, poll, upkeep)
-            else:  # no waiting: what was half done may be all there is
-                error, interrupted = interrupted, None
-                loop.recover(error)
-            channel.receive(loop.execute)
-        except ProtocolError as error:
-            # What follows cannot be told from garbage: end, as if the parent had hung up.
-            sys.stderr.write(f"fedproc: worker {host.spec.name!r} ends: {error}\n")
-            channel.hang_up()
-            return
-        except BaseException as error:
-            if not _of_signal_handler(error):
-                raise
-            interrupted = error
-    loop.report()
-
-
-def _wait(channel: Channel, poll: select.poll, upkeep: Upkeep) -> None:
-    if channel.unsent:
-        poll.modify(channel, select.POLLIN | select.POLLOUT)
-        poll.poll()
-        channel.flush()
-        poll.modify(channel, select.POLLIN)
-    else:
-        upkeep.look(busy=bool(poll.poll(upkeep.wait_ms)))
+            while not loop.ended:
+                try:
+                    loop.run()
+                except BaseException as error:  # noqa: BLE001 - judged by run(), in a try
+                    loop.interrupted = error
+        except BaseException as error:  # noqa: BLE001 - as above
+            loop.interrupted = error
+    loop.leave()
 
 
 def _of_signal_handler(error: BaseException) -> bool:
@@ -96,16 +73,59 @@ def _of_signal_handler(error: BaseException) -> bool:
 
 
 class Loop:
-    """Executes frames and reports them."""
+    """Receives frames, executes them and reports them."""
 
-    def __init__(self, host: Host, turn: Turn | None) -> None:
-        """For one host."""
+    def __init__(self, host: Host, turn: Turn | None, spin_seconds: float) -> None:
+        """For one host; the other arguments are those of ``serve``."""
         self._host = host
         self._turn = turn
+        self._upkeep, self._lookout = Upkeep(host.arena), Lookout(spin_seconds)
+        self._poll = select.poll()
+        self._poll.register(host.channel, select.POLLIN)
         self._last = 0
         self._reported = 0
         self._unreported = 0
         self._running: Frame | None = None
+        self.interrupted: BaseException | None = None  # what came out of run()
+        self.ended = False
+
+    def run(self) -> None:
+        """Work until it is ``ended``: told to stop, left by the parent, or broken."""
+        channel = self._host.channel
+        while not (self._host.stopped or channel.ended):
+            if self.interrupted is not None:
+                if not _of_signal_handler(self.interrupted):
+                    break
+                # no waiting after it: what was half done may be all there is
+                self._recover(self.interrupted)
+            elif self._lookout.look(self._poll):  # while the parent prepares the next command
+                self._upkeep.look(busy=True)
+            else:
+                self._report()
+                self._wait(channel)
+            channel.receive(self.execute)
+        self.ended = True
+
+    def leave(self) -> None:
+        """Tell how far we came; raises what broke us."""
+        error = self.interrupted
+        if error is None or _of_signal_handler(error):
+            self._report()
+        elif isinstance(error, ProtocolError):
+            # What follows cannot be told from garbage: end, as if the parent had hung up.
+            sys.stderr.write(f"fedproc: worker {self._host.spec.name!r} ends: {error}\n")
+            self._host.channel.hang_up()
+        else:
+            raise error
+
+    def _wait(self, channel: Channel) -> None:
+        if channel.unsent:
+            self._poll.modify(channel, select.POLLIN | select.POLLOUT)
+            self._poll.poll()
+            channel.flush()
+            self._poll.modify(channel, select.POLLIN)
+        else:
+            self._upkeep.look(busy=bool(self._poll.poll(self._upkeep.wait_ms)))
 
     def execute(self, frame: Frame) -> None:
         """Execute one command; whatever it raises becomes a reply.
@@ -146,18 +166,21 @@ class Loop:
             return  # a query is done when its answer has come
         host.arena.done[0] = self._last  # also if it is killed before it could tell
         if self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
-            self.report()
+            self._report()
 
-    def recover(self, error: BaseException) -> None:
+    def _recover(self, error: BaseException) -> None:
         """Go on after a signal handler that a command installed has raised between commands.
 
-        A command in whose administration it came has failed with it.
+        A command in whose administration it came has failed with it. Another may come in the
+        middle of this: then all of it is done again, so that no command stays without an answer.
         """
-        frame, self._running = self._running, None
-        if frame is not None:
-            self._fail(frame, error)
+        if self._running is not None:
+            self._fail(self._running, error)
+            self._running = None
         self._host.trouble = None
         self._host.used.clear()
+        self._poll.modify(self._host.channel, select.POLLIN)
+        self.interrupted = None
         shown = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(
@@ -165,7 +188,7 @@ class Loop:
                 f"worker goes on.\n{shown}"
             )
 
-    def report(self) -> None:
+    def _report(self) -> None:
         """Tell how far we are."""
         if self._last > self._reported:
             self._host.reply(commands.Done(), self._last)

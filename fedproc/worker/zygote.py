@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,6 +175,8 @@ class Zygote:
             sys.stdout.flush()
             sys.stderr.flush()
             status = 0
+        except BaseException:  # noqa: BLE001 - os._exit() would show nothing of it
+            traceback.print_exc()
         finally:
             os._exit(status)
 
