@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedproc.client.ranges import require_at_least, require_seed
@@ -169,10 +170,12 @@ class Aggregator:
         last = self._course.round + rounds
         bar = ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
         try:
-            while self._course.round < last:
-                due = rows if (self._course.round + 1) % evaluate_every == 0 else None
-                if self._stopped_by(self._course.play(due, bar or ignore, last)):
-                    break
+            # callbacks may do anything to the model
+            with nullcontext() if self._callbacks else self._course.undisturbed():
+                while self._course.round < last:
+                    due = rows if (self._course.round + 1) % evaluate_every == 0 else None
+                    if self._stopped_by(self._course.play(due, bar or ignore, last)):
+                        break
         except PrivacyBudgetError as error:
             warnings.warn(f"run ended early: {error}", UserWarning, stacklevel=2)
         finally:

@@ -6,6 +6,7 @@ Runs in the parent. A round is computed elsewhere and committed here as a whole 
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from fedproc.federated.sampling import draw_cohort
 from fedproc.federated.traffic import Traffic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from fedproc.federated.crew import Crew
@@ -65,6 +68,9 @@ class Course:
         self.history = History()
         self._made: tuple[Start, Outcome, RoundRecord] | None = None  # not taken over yet
         self._ahead: tuple[int, tuple[str, ...]] | None = None  # a round, and its cohort
+        self._is_undisturbed = False
+        self._block: Tensor | None = None  # what the model holds, if nobody can have changed it
+        self._allocate = partial(readable, crew.data.cluster)
 
     def play(
         self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
@@ -92,13 +98,15 @@ class Course:
         self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None
     ) -> RoundRecord:
         started, traffic = time.perf_counter(), Traffic(self._crew.data.cluster)
-        self.refresh()
+        if self._block is None:
+            self.refresh()
         number = self.round + 1
         cohort = self._draw(number)
         sink(RoundStarted(number, last, len(cohort)))
         start = Start(
-            number, cohort, self.block(), self.state, self.kept, self.ledger, self._look_ahead
-        )
+            number, cohort, self.block(), self.state, self.kept, self.ledger, self._allocate,
+            self._look_ahead,
+        )  # fmt: skip
         outcome = self._computed(start, sink, timeline)
         seconds, messages = time.perf_counter() - started, traffic.since()
         record = outcome.record(start, seconds=seconds, message_bytes=messages)
@@ -128,13 +136,26 @@ class Course:
 
     def block(self) -> Tensor:
         """Returns the model as it is now, in flat form, for all workers to read."""
-        return self._global.block(partial(readable, self._crew.data.cluster))
+        return self._global.block(self._allocate) if self._block is None else self._block
 
     def refresh(self) -> None:
         """Notices what the user did to the model since the last round."""
         self._commit()  # Ctrl-C twice may have left it undone
-        if self._global.frozen_changed():
+        if self._global.look_again():
             self._crew.dismiss()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A block in which rounds follow each other and nobody else changes the model.
+
+        Each starts with what the one before has made; looking at the module and putting its values
+        into flat form again would cost small models a thirtieth of the round.
+        """
+        self._is_undisturbed = True
+        try:
+            yield
+        finally:
+            self._is_undisturbed, self._block = False, None
 
     def identity(self) -> Identity:
         """Returns what must be the same when a run continues."""
@@ -172,6 +193,7 @@ class Course:
         start, outcome, record = self._made
         self.ledger = outcome.ledger  # first: what is released must be accounted for
         self._global.load(outcome.block, before=start.block)
+        self._block = outcome.block if self._is_undisturbed else None
         self.state = outcome.state
         self.kept.update({client: kept for client, kept in outcome.kept.items() if kept})
         self.round = record.round

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedproc.client.weighted_mean import WeightedMean
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fedproc.client.layout import Layout, Section
 
@@ -99,13 +99,14 @@ class Fold:
             return self._mean.result(), None
         return None, torch.stack(self._rows)
 
-    def write(self, trained: Tensor) -> Tensor:
+    def write(self, trained: Tensor, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
         """Makes the block of the new model: the only place where float64 is cast back.
 
         Args:
             trained: The new trained parameters: float64, shape (parameters,).
+            allocate: See :meth:`fedproc.client.layout.Layout.room`.
         """
-        block = self._layout.room()
+        block = self._layout.room(allocate)
         cast_into(block, self._trained, trained)
         cast_into(block, self._buffers, self._buffer_mean.result())
         for section, values in zip(self._integers, self._largest, strict=True):

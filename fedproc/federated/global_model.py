@@ -32,23 +32,25 @@ class GlobalModel:
         """
         self.layout = Layout.of(given)
         self.module = copy.deepcopy(given)
-        self._frozen = self._frozen_versions()
+        self._look()
 
     def block(self, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
         """Returns the values as they are now, in flat form; ``allocate``: see ``Layout.room``."""
-        return self.layout.pack(self.layout.tensors(self.module), self.layout.room(allocate))
+        return self.layout.pack(self._tensors, self.layout.room(allocate))
 
     def load(self, block: Tensor, before: Tensor) -> None:
         """Takes over values in flat form, all of them or none: else those that were ``before``."""
-        tensors = self.layout.tensors(self.module)
         try:
-            self.layout.unpack(block, tensors)
+            self.layout.unpack(block, self._tensors)
         except BaseException:  # an interrupt must not leave half of a round in the model
-            self.layout.unpack(before, tensors)
+            self.layout.unpack(before, self._tensors)
             raise
 
-    def frozen_changed(self) -> bool:
-        """Tells whether values that do not travel were changed since the last call.
+    def look_again(self) -> bool:
+        """Finds the tensors of the module, which may be others than before.
+
+        Returns:
+            Whether values that do not travel were changed since the last call.
 
         Raises:
             ValueError: Other parameters are trained now than at the start.
@@ -58,9 +60,11 @@ class GlobalModel:
                 "parameters of aggregator.model were replaced, frozen or unfrozen since the "
                 "aggregator was made; make a new one from the changed model"
             )
-        before, self._frozen = self._frozen, self._frozen_versions()
+        before = self._frozen
+        self._look()
         return before != self._frozen
 
-    def _frozen_versions(self) -> list[int]:
-        """Counts the changes in place of parameters that travel only with a new trainer."""
-        return [p._version for p in self.module.parameters() if not p.requires_grad]
+    def _look(self) -> None:
+        self._tensors = self.layout.tensors(self.module)
+        # the changes in place of parameters that travel only with a new trainer
+        self._frozen = [p._version for p in self.module.parameters() if not p.requires_grad]

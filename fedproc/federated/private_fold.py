@@ -13,7 +13,7 @@ import torch
 from fedproc.client import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -72,13 +72,14 @@ class PrivateFold:
         change = self._sum.div_(self._denominator)
         return change.add_(self._layout.flat_trained(self._start)), None
 
-    def write(self, trained: Tensor) -> Tensor:
+    def write(self, trained: Tensor, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
         """Makes the block of the new model; buffers are those the round started with.
 
         Args:
             trained: The new trained parameters: float64, shape (parameters,).
+            allocate: See :meth:`fedproc.client.layout.Layout.room`.
         """
-        block, place = self._start.clone(), 0
+        block, place = self._layout.room(allocate).copy_(self._start), 0
         for section in self._layout.of_kind("trained"):
             section.view(block).copy_(trained[place : place + section.numel])
             place += section.numel

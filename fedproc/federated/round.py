@@ -47,6 +47,7 @@ class Start:
         state: State of the strategy, and the master of half-precision parameters.
         kept: Client -> what it keeps between rounds.
         ledger: Clips and adds noise; None does neither.
+        allocate: Gives memory for the new model, see ``Layout.room``.
         meanwhile: Called once, when the workers have something to do.
     """
 
@@ -56,6 +57,7 @@ class Start:
     state: State
     kept: Mapping[str, dict[str, Any]]
     ledger: Ledger | None = None
+    allocate: Callable[[int], Tensor] | None = None
     meanwhile: Callable[[], None] = lambda: None
 
 
@@ -238,7 +240,7 @@ def _apply(
     except QuorumError as error:
         message = f"round {start.number}: {error}{causes(tally.failures)}"
         raise QuorumError(message, failures=tally.failures) from error
-    return fold.write(new), state
+    return fold.write(new, start.allocate), state
 
 
 def _received(start: Start, fold: AnyFold, tally: Tally) -> Received:

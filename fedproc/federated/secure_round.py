@@ -191,13 +191,13 @@ def _apply(
         fold.add_sum(totals.change[: layout.trained_numel])
         noisy = Received(fold.trained()[0], None, weights=(), step_norms=(), non_finite=0)
         new, state = next_parameters(layout, rules.strategy, start, noisy, {}, population)
-        return fold.write(new), state
+        return fold.write(new, start.allocate), state
     x = layout.flat_trained(start.block)
     mean = totals.change / totals.weight
     change, of_buffers = mean[: len(x)], mean[len(x) :]
     received = Received(mean=x + change, rows=None, weights=(), step_norms=(), non_finite=0)
     new, state = next_parameters(layout, rules.strategy, start, received, {}, population)
-    block = layout.new_block()
+    block = layout.room(start.allocate)
     cast_into(block, layout.of_kind("trained"), new)
     _add_into(block, layout.of_kind("mean"), start.block, of_buffers)
     _add_into(block, layout.of_kind("largest"), start.block, totals.growth)

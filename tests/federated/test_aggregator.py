@@ -119,6 +119,62 @@ def test_the_model_of_the_user_between_rounds_is_the_start_of_the_next(data):
     assert set(aggregator.model.weight.flatten().tolist()) == {5.0}
 
 
+@pytest.mark.parametrize("how", ["callback", "runs", "rounds"])
+def test_what_torch_does_not_count_as_a_change_is_noticed_too(data, how):
+    def double(aggregator, _):
+        aggregator.model.weight.data.mul_(2.0)  # counts no version
+
+    def add_one(model, x, y, ctx):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+
+    model = linear()
+    nn.init.zeros_(model.weight)
+    callbacks = [double] if how == "callback" else []
+    aggregator = Aggregator(model, data, add_one, callbacks=callbacks)
+    for _ in range(3 if how != "callback" else 1):
+        if how == "rounds":
+            aggregator.run_round()
+        else:
+            aggregator.run(3 if how == "callback" else 1)
+        if how != "callback":
+            double(aggregator, None)
+    assert set(aggregator.model.weight.flatten().tolist()) == {14.0}  # ((0+1)2 + 1)2 + 1, doubled
+
+
+def test_a_parameter_replaced_between_runs_is_the_one_that_is_trained(data):
+    aggregator = Aggregator(linear(), data, constant_client({"a": 3.0, "b": 3.0, "c": 3.0}))
+    aggregator.run(2)
+    aggregator.model.weight = nn.Parameter(torch.zeros_like(aggregator.model.weight))
+    aggregator.run(2)
+    assert set(aggregator.model.weight.flatten().tolist()) == {3.0}
+
+
+def test_an_interrupted_run_leaves_nothing_that_the_next_one_starts_from(data):
+    class Interrupted(FedAvg):
+        rounds = 0
+
+        def step(self, x, received, state):
+            Interrupted.rounds += 1
+            if Interrupted.rounds == 2:
+                raise KeyboardInterrupt
+            return super().step(x, received, state)
+
+    aggregator = Aggregator(linear(), data, lambda model, x, y, ctx: {}, strategy=Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        aggregator.run(5)
+    assert aggregator._course.round == 1
+    nn.init.constant_(aggregator.model.weight, 5.0)
+    aggregator.run(2)
+    assert set(aggregator.model.weight.flatten().tolist()) == {5.0}
+
+
+def test_the_flat_model_is_not_kept_after_a_run(data):
+    aggregator = Aggregator(linear(), data, LOCAL)
+    aggregator.run(2)
+    assert aggregator._course._block is None
+
+
 def test_frozen_parameters_changed_by_the_user_reach_the_clients(data):
     model = dropout_net()
     model[0].requires_grad_(False)
