@@ -118,12 +118,11 @@ class Update:
 _numbers_of: Final = attrgetter(*[entry.name for entry in fields(Update)[1:-1]])
 
 
-@dataclass(frozen=True, slots=True)
-class Updates:
+class Updates(NamedTuple):
     """What several clients return at once.
 
     A record of Python costs several times its content when it is pickled by itself, so the numbers
-    of all clients travel as one plain pickle of columns.
+    of all clients travel as one plain pickle of columns, and this record is a tuple.
 
     Attributes:
         blocks: Their blocks: uint8, shape (blocks, at least nbytes), every row aligned.

@@ -50,9 +50,7 @@ class Batch:
 
     def finished(self) -> bool:
         """Whether it can be taken without waiting."""
-        # What was lost counts as done for those who wait: done() may be the one to notice it.
-        promise = self.promise
-        return not self.spent and promise.pointer.done() and promise.link.end is None
+        return not self.spent and self.promise.arrived()
 
     def read(self) -> None:
         """One of its updates was folded, or is not needed."""

@@ -2,8 +2,8 @@
 
 Runs in the parent. The only part of the federated layer that goes below pointers. A worker
 executes in order, so a fetch that is sent when the update is wanted would wait for all clients
-that were queued meanwhile. Here each training is followed at once by the fetch of its update: the
-worker answers as soon as it has it, and the parent takes it when the fold gets there.
+that were queued meanwhile. Here the command that trains asks for the update, too: the worker
+answers as soon as it has it, and the parent takes it when the fold gets there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from fedproc.errors import FedprocError
 from fedproc.memory.copying import fresh
 from fedproc.memory.lending import room_in
 from fedproc.remote import reading
-from fedproc.remote.calls import run_there
-from fedproc.remote.pending import PendingPointer
+from fedproc.remote.calls import fold
 from fedproc.remote.worker import put
 
 if TYPE_CHECKING:
@@ -37,14 +36,17 @@ class Promise:
     """A result of a trainer on its way.
 
     Attributes:
-        pointer: Keeps the result alive in the worker until it was taken.
         link: The connection it comes through.
-        query: The fetch that was sent with the call.
+        query: The command that was asked for it.
     """
 
-    pointer: PendingPointer
     link: Link
     query: Borrow
+
+    def arrived(self) -> bool:
+        """Tells whether it can be taken without waiting."""
+        # What was lost counts as executed for those who wait: the look may be what notices it.
+        return self.link.has_executed(self.query.query) and self.link.end is None
 
 
 def readable(cluster: Cluster, nbytes: int) -> Tensor:
@@ -75,20 +77,7 @@ def call_there(trainer: Any, method: str, *args: Any) -> Promise:
         WorkerLostError: The worker has ended.
         NotShippableError: An argument cannot be pickled.
     """
-    # A trainer changes nothing that a pointer shows, so it need not wait for those who read.
-    # Of private data, too, the aggregator may take what the trainer returns: updates to fold, and
-    # means over enough rows; the trainer sees to that.
-    pointer = run_there(
-        PendingPointer,
-        "fedproc.worker.parts.method",
-        (trainer, method, *args),
-        what=method,
-        writes=False,
-        update=True,
-        more=True,
-    )
-    query = reading.start(pointer._data(), method, folding=True)
-    return Promise(pointer, pointer._data().link, query)
+    return Promise(*fold("fedproc.worker.parts.method", (trainer, method, *args), what=method))
 
 
 def take(promise: Promise, timeout: float | None = None) -> Any:

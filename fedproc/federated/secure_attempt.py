@@ -280,7 +280,7 @@ class Attempt:
         """Ends the training: who trains or waits has failed, and busy workers are replaced."""
         for name, flying in self._flying.items():
             for client, promise in list(flying.items()):
-                if promise.pointer.done() and promise.link.end is None:
+                if promise.arrived():
                     self._take(name, client, _GRACE_SECONDS)
         for name, queue in self._queues.items():
             unfinished = [c for c, home in self._homes.items() if home == name]

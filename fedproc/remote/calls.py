@@ -24,6 +24,7 @@ from fedproc.remote.operations import (
     unknown_count,
 )
 from fedproc.remote.operators import SYMBOLS
+from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import KINDS, AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands
@@ -40,16 +41,14 @@ def run_there(
     operation: bool = False,
     link: Link | None = None,
     private: bool = False,
-    update: bool = False,
-    more: bool = False,
 ) -> AnyPointer:
     """Run ``function`` and keep the result; a pointer of class ``cls`` to it, at once."""
     target, message = encode_call(
         function, args, kwargs or {}, modes(), what=what, link=link, writes=writes,
-        operation=operation, private=private, update=update,
+        operation=operation, private=private,
     )  # fmt: skip
     # besides this function, the method of a pointer or worker that called it is ours
-    return owned(cls, target, message, caller(3), more=more)
+    return owned(cls, target, message, caller(3))
 
 
 def order(
@@ -79,6 +78,16 @@ def compute(
     link, message = encode_question(function, args, kwargs or {}, modes(), what)
     number = link.submit(message, caller(), urgent=True)
     return reading.computed(link, number, what, timeout)
+
+
+def fold(function: str, args: tuple[Any, ...], *, what: str) -> tuple[Link, Borrow]:
+    """Run a method of fedproc's client code and ask for what it gives; see ``reading.finish``.
+
+    It changes nothing that a pointer shows, so it need not wait for those who read. Of private
+    data, too, the aggregator may take what it gives: updates to fold, and means over enough rows.
+    """
+    link, message = encode_question(function, args, {}, modes(), what, folding=True)
+    return link, reading.asked(link, message)
 
 
 def part(cls: type[AnyPointer], of: Pointer, path: tuple[Any, ...]) -> AnyPointer:

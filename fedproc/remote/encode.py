@@ -175,7 +175,6 @@ def encode_call(
     writes: bool = True,
     operation: bool = False,
     private: bool = False,
-    update: bool = False,
 ) -> tuple[Link, Message]:
     """The message that runs ``function`` where the pointers among its arguments are."""
     flags = frames.KEEP if keep else 0
@@ -183,26 +182,35 @@ def encode_call(
     flat = None if kwargs or name is None else _flat(args, link)
     if flat is not None:
         link, args, ids = flat
-        body = pickle.dumps((name, args, {}, modes, private, update, ids), 5)
+        body = pickle.dumps((name, args, {}, modes, private, ids), 5)
         return link, call_message(commands.Call, flags | frames.PLAIN, body, what, writes)
     outgoing = Outgoing(what, link, operation=operation)
-    fields = (function, args, kwargs, modes, private, update, ())
+    fields = (function, args, kwargs, modes, private, ())
     message = outgoing.encode(commands.Call, fields, flags, writes=writes)
     assert outgoing.link is not None, "a call needs a worker or a pointer"
     return outgoing.link, message
 
 
 def encode_question(
-    function: str, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any, what: str
+    function: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    modes: Any,
+    what: str,
+    *,
+    folding: bool = False,
 ) -> tuple[Link, Message]:
-    """The message that runs ``function`` where its pointers are and answers with the result."""
+    """The message that runs ``function`` where its pointers are and answers with the result.
+
+    ``folding``: it is a method of fedproc's client code, asked by the aggregator.
+    """
     flat = None if kwargs else _flat(args, None)
     if flat is not None:
         link, args, ids = flat
-        body = pickle.dumps((function, args, {}, modes, ids), 5)
+        body = pickle.dumps((function, args, {}, modes, folding, ids), 5)
         return link, call_message(commands.Compute, frames.PLAIN, body, what, False)
-    outgoing = Outgoing(what, None, operation=True)
-    message = outgoing.encode(commands.Compute, (function, args, kwargs, modes, ()), 0)
+    outgoing = Outgoing(what, None, operation=not folding)
+    message = outgoing.encode(commands.Compute, (function, args, kwargs, modes, folding, ()), 0)
     assert outgoing.link is not None, "a question needs a pointer"
     return outgoing.link, message
 

@@ -103,14 +103,8 @@ class Pointer(metaclass=Kind):
 
     def done(self) -> bool:
         """Whether the object is there (or never will be). Does not wait."""
-        handle = self._handle
-        handle.check()
-        link = handle.link
-        link.check_process()
-        if not link.executed(handle.number):
-            link.flush()
-            link.hub.look()
-        return link.executed(handle.number)
+        self._handle.check()
+        return self._handle.link.has_executed(self._handle.number)
 
     def wait(self, timeout: float | None = None) -> "Self":
         """Wait until the object is there.

@@ -16,7 +16,7 @@ from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuil
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
 from fedproc.remote.link import Link
-from fedproc.remote.message import plain
+from fedproc.remote.message import Message, plain
 from fedproc.remote.outbox import Borrow
 from fedproc.remote.site import caller
 from fedproc.wire import commands, frames
@@ -29,18 +29,23 @@ Load = Callable[[Link, Place], torch.Tensor]
 """How the bytes of a tensor become one."""
 
 
-def start(handle: Handle, what: str, *, folding: bool = False) -> Borrow:
+def start(handle: Handle, what: str) -> Borrow:
     """Ask for a value; what could change it on the way waits until ``finish``."""
     borrow = Borrow(scoped=False)
-    _ask(borrow, handle, what, folding=folding)
+    _ask(borrow, handle, what)
     return borrow
 
 
-def _ask(
-    borrow: Borrow, handle: Handle, what: str, *, folding: bool = False, lent: bool = False
-) -> None:
+def asked(link: Link, message: Message) -> Borrow:
+    """Send a question whose answer may lie in the worker's memory; ``finish`` takes it."""
+    borrow = Borrow(scoped=False)
+    link.lend(borrow, message, caller())
+    return borrow
+
+
+def _ask(borrow: Borrow, handle: Handle, what: str, *, lent: bool = False) -> None:
     handle.check()
-    message = plain(commands.Fetch(handle.oid, folding, lent), what)
+    message = plain(commands.Fetch(handle.oid, lent), what)
     handle.link.lend(borrow, message, caller())
 
 

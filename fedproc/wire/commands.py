@@ -19,10 +19,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     modes: tuple[Any, ...] | None  # grad mode, autocast, default dtype where they are not usual
     private: bool = False
-    update: bool = False  # the result is an update of a client: the aggregator may fold it
-    ids: tuple[
-        int, ...
-    ] = ()  # places in ``args`` that hold object ids (messages without externals)
+    ids: tuple[int, ...] = ()  # places in ``args`` of object ids (messages without externals)
 
 
 class Put(NamedTuple):
@@ -41,6 +38,7 @@ class Compute(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     modes: tuple[Any, ...] | None
+    folding: bool = False  # asked by the aggregator: what clients learn from private data may leave
     ids: tuple[int, ...] = ()  # as in Call
 
 
@@ -48,7 +46,6 @@ class Fetch(NamedTuple):
     """Query: the value of an object."""
 
     target: int
-    folding: bool = False  # asked by the aggregator: updates of private data may leave for it
     lent: bool = False  # a tensor's own memory is asked for, no copy
 
 

@@ -32,10 +32,9 @@ class AuditLog:
         self._records: deque[tuple[Any, ...]] = deque(maxlen=MOST_RECORDS)
         self._count = 0
 
-    def left(self, entry: Entry, command: int, nbytes: int) -> None:
-        """The aggregator took what a client computed from private data."""
-        way = _WAYS.get(entry.update, "fold")
-        self._note("left", way, command, entry, nbytes, entry.update)
+    def left(self, method: str, entry: Entry, command: int, nbytes: int) -> None:
+        """The aggregator took what ``method`` of a private object, its client code, gave."""
+        self._note("left", _WAYS.get(method, "fold"), command, entry, nbytes, method)
 
     def refused(self, way: str, command: int, entry: Entry | None, text: str) -> None:
         """A way out, or a function, was refused; ``text`` is ours and holds no values."""

@@ -27,36 +27,18 @@ _WRITTEN = {"fedproc.worker.parts.truth": "bool", "operator.contains": "in"}
 def call(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     """Run a function and keep its result."""
     # Not made a record, which costs half a microsecond: pipelined calls come through here.
-    function, args, kwargs, modes, private, update, ids = fields
+    function, args, kwargs, modes, private, ids = fields
     if ids:
         args = with_objects(host, args, ids)
-    method = _foldable(host, args) if update else ""  # before the run: it may make private
     result = run(host, function, args, kwargs, modes)
     if host.registered is not None:
         host.registered.require_result(result)
     if frame.flags & frames.KEEP:
         domain = privacy.result_domain(result, host.used, private=private)
         entry = host.store.add(frame.sequence, result, domain)
-        entry.update = method or entry.update
         if domain.private and entry.open_shape and privacy.any_private(host.used):
-            command = commands.Call(function, args, kwargs, modes, private, update, ids)
+            command = commands.Call(function, args, kwargs, modes, private, ids)
             entry.open_shape = shape_is_open(command, result, host.used)
-
-
-def _foldable(host: Host, args: tuple[Any, ...]) -> str:
-    """The method whose result an aggregator may take; of private data only fedproc's own.
-
-    The one private object in it is the trainer: rows that are given to it as an argument are not
-    its clients', and an evaluation of them would not be a mean.
-    """
-    target, method = args[0], str(args[1])
-    given = [entry for entry in host.used if entry.domain.private and entry.value is not target]
-    least = getattr(target, "least_rows", None)
-    if host.registered is not None and privacy.any_private(host.used):
-        # here the parent is not believed that its trainer hides what few rows tell
-        enough = least is not None and least >= host.min_rows
-        return method if host.registered.may_fold(target) and enough and not given else ""
-    return "" if given else method
 
 
 def put(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -78,11 +60,44 @@ def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     command = commands.Compute(*fields)
     if command.ids:
         command = command._replace(args=with_objects(host, command.args, command.ids))
+    if command.folding:
+        _fold(host, frame.sequence, command)
+        return
     private = [entry for entry in host.used if entry.domain.private]
     if private and not tells_only_shape(command, private):
         raise privacy.refused(_as_written(command), private[0].ids[0], host.spec.name)
     result = run(host, command.function, command.args, command.kwargs, command.modes)
     _answer(host, frame.sequence, result)
+
+
+def _fold(host: Host, sequence: int, command: commands.Compute) -> None:
+    """Run a method of fedproc's client code; what it gives may leave for the aggregator."""
+    method = _foldable(host, command.args)  # before the run: it may make private
+    result = run(host, command.function, command.args, command.kwargs, command.modes)
+    if host.registered is not None:
+        host.registered.require_result(result)
+    private = [entry for entry in host.used if entry.domain.private]
+    if private and not method:
+        raise privacy.refused("get", private[0].ids[0], host.spec.name)
+    nbytes = _answer(host, sequence, result, ())
+    if private:
+        host.audit.left(method, private[0], sequence, nbytes)
+
+
+def _foldable(host: Host, args: tuple[Any, ...]) -> str:
+    """The method whose result an aggregator may take; of private data only fedproc's own.
+
+    The one private object in it is the trainer: rows that are given to it as an argument are not
+    its clients', and an evaluation of them would not be a mean.
+    """
+    target, method = args[0], str(args[1])
+    given = [entry for entry in host.used if entry.domain.private and entry.value is not target]
+    least = getattr(target, "least_rows", None)
+    if host.registered is not None and privacy.any_private(host.used):
+        # here the parent is not believed that its trainer hides what few rows tell
+        enough = least is not None and least >= host.min_rows
+        return method if host.registered.may_fold(target) and enough and not given else ""
+    return "" if given else method
 
 
 def _as_written(command: commands.Compute) -> str:
@@ -98,17 +113,14 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     command = commands.Fetch(*fields)
     entry = host.store.entry(command.target)
     host.used.append(entry)
-    if not (command.folding and entry.update):
-        privacy.may_leave(entry, "borrow" if command.lent else "get", host.spec.name)
+    privacy.may_leave(entry, "borrow" if command.lent else "get", host.spec.name)
     if command.lent:
-        nbytes = _lend(host, frame.sequence, entry.value)
+        _lend(host, frame.sequence, entry.value)
     else:
-        nbytes = _answer(host, frame.sequence, entry.value, tuple(entry.ids))
-    if entry.domain.private:
-        host.audit.left(entry, frame.sequence, nbytes)
+        _answer(host, frame.sequence, entry.value, tuple(entry.ids))
 
 
-def _lend(host: Host, sequence: int, value: Any) -> int:
+def _lend(host: Host, sequence: int, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"only tensors can be borrowed, not a {type_name(value)}: use fetch()")
     host.adopt(value)
@@ -120,7 +132,6 @@ def _lend(host: Host, sequence: int, value: Any) -> int:
         flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
     host.exports[sequence] = exporter
     host.reply(commands.Value((flags | frames.EXPORTED, body, ())), sequence)
-    return exporter.nbytes
 
 
 def _is_one_piece(tensor: torch.Tensor) -> bool:

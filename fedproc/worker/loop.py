@@ -27,7 +27,7 @@ REPORT_COMMANDS = 64
 
 Turn = Callable[..., AbstractContextManager[Any]]
 _CALL = commands.KIND[commands.Call]
-_RUNS = (_CALL, commands.KIND[commands.Compute])
+_COMPUTE = commands.KIND[commands.Compute]
 _QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
 _NO_RESULT = frozenset(
     commands.KIND[record]
@@ -148,7 +148,7 @@ class Loop:
             fields = host.decode(frame)
             if host.trouble is not None:
                 raise host.trouble
-            if self._turn is None or frame.kind not in _RUNS:
+            if self._turn is None or frame.kind not in (_CALL, _COMPUTE):
                 HANDLERS[frame.kind](host, frame, fields)
             else:
                 with self._turn(strict=_is_client(frame, fields)):
@@ -221,7 +221,7 @@ class Loop:
 
 def _is_client(frame: Frame, fields: tuple[Any, ...]) -> bool:
     """Whether federated clients train: nobody may borrow their random generators."""
-    return frame.kind == _CALL and commands.Call(*fields).update
+    return frame.kind == _COMPUTE and commands.Compute(*fields).folding
 
 
 def _require_process(host: Host, error: BaseException | None) -> None:

@@ -54,7 +54,6 @@ class Entry:
     domain: Domain
     tags: frozenset[str] = frozenset()
     description: str = ""
-    update: str = ""  # method of fedproc's own client code that gave it: an aggregator may take it
     open_shape: bool = True  # its shape, length and names do not depend on private values
 
 

@@ -272,23 +272,10 @@ def _fold(p):
     worker = p.worker
     trainer = worker.run(Trainer, worker.send(nn.Linear(3, 1)), worker.send(Work(local)))
     rows = (p.view(1, 3), p[:1].view(1, 1))
-    made = calls.run_there(
-        fp.remote.pending.PendingPointer,
-        "fedproc.worker.parts.method",
-        (
-            trainer,
-            "evaluate",
-            worker.send(torch.zeros(16, dtype=torch.uint8)),
-            rows,
-            None,
-            (1, True),
-        ),
-        what="evaluate",
-        update=True,
-    )
-    return reading.finish(
-        worker.link, reading.start(made._data(), "evaluate", folding=True), "evaluate"
-    )
+    block = worker.send(torch.zeros(16, dtype=torch.uint8))
+    asked = trainer, "evaluate", block, rows, None, (1, True)
+    link, query = calls.fold("fedproc.worker.parts.method", asked, what="evaluate")
+    return reading.finish(link, query, "evaluate")
 
 
 def _tells(result):
