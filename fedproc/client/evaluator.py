@@ -49,7 +49,7 @@ class Evaluator:
         self._spans = dict(spans or {})
         placed_loss(self._loss(), self._device)
         custom = not isinstance(work.local, LocalTraining)
-        self._resident = Resident(model.to(self._device), custom=custom)
+        self._resident = Resident(model.to(self._device), custom=custom, loss=self._loss())
 
     @property
     def least_rows(self) -> int | None:

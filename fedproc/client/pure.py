@@ -109,7 +109,7 @@ def reads_of_module(module: nn.Module) -> list[Read]:
             _require_constant(name, value)
             own[name] = None
     functions = _functions(kind)
-    known = {*own, *functions, *(name for name, v in vars(kind).items() if _is_constant(v))}
+    known = {*own, *functions, *(name for name, v in vars(kind).items() if is_constant(v))}
     if known & _READ_VALUES:
         raise ImpureError("something of it has the name of what reads values")
     reads = [Read(vars(kind), name, function) for name, function in functions.items()]
@@ -171,13 +171,14 @@ def _is_function_of_torch(value: object) -> bool:
 
 
 def _require_constant(name: str, value: object) -> None:
-    if not _is_constant(value):
+    if not is_constant(value):
         raise ImpureError(f"{name} is a {type(value).__name__}")
 
 
-def _is_constant(value: object) -> bool:
+def is_constant(value: object) -> bool:
+    """Whether a value cannot change."""
     if type(value) in (tuple, torch.Size):
-        return all(map(_is_constant, value))  # type: ignore[call-overload]
+        return all(map(is_constant, value))  # type: ignore[call-overload]
     return type(value) in _CONSTANTS
 
 

@@ -64,6 +64,7 @@ class Repeatable:
         plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in self.known)
         can_be = plain and all(id(t) in trained or not t.requires_grad for t in self.known)
         self._reads = _reads(model, loss) if can_be else None
+        self._default_dtype = torch.get_default_dtype()
 
     def holds(self) -> bool:
         """Whether nobody would notice now that modules, functions and graph are left out."""
@@ -72,6 +73,7 @@ class Repeatable:
             or any(_is_changed(part) for part in self._parts)
             or any(map(is_watched, self.parameters))
             or not all(map(_is_same, self._reads))
+            or torch.get_default_dtype() is not self._default_dtype
             or torch.is_anomaly_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.is_inference_mode_enabled()

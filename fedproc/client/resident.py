@@ -6,12 +6,14 @@ Runs in worker processes. May assume one client at a time.
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fedproc.client.layout import Layout, fill, load
+from fedproc.client.module_state import ModuleState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +31,12 @@ class Resident:
         layout: Where its tensors lie in the flat form.
     """
 
-    def __init__(self, pristine: nn.Module, *, custom: bool) -> None:
+    def __init__(self, pristine: nn.Module, *, custom: bool, loss: object = None) -> None:
         """Keeps ``pristine``.
 
         Args:
             pristine: Architecture and frozen values.
+            loss: What the model is trained with; a module is put back, too.
             custom: Local epochs change parameters and buffers only, so the model itself can be
                 resident. A custom function may do anything to its model: it works on a copy.
         """
@@ -42,6 +45,7 @@ class Resident:
         self._pristine = pristine if custom else copy.deepcopy(pristine)
         self.layout = Layout.of(pristine)
         self._custom = custom
+        self._loss_modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
         self.renew()
 
     def renew(self) -> None:
@@ -55,9 +59,15 @@ class Resident:
         self._versions = self._frozen_versions()
         self._modules = list(self.model.modules())
         self._shape = self._as_it_is()
+        parts = [*self._modules, *self._loss_modules]
+        self._state = ModuleState(parts, changing=self._custom)
 
     def load(self, pieces: Sequence[Tensor]) -> None:
-        """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them."""
+        """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them.
+
+        All else that the modules keep is as it was at the start, whatever the last client did.
+        """
+        self._state.restore()
         if [member.stride() for member in self._members] != self._strides:
             self._straighten()
         load(pieces, self._members)
@@ -76,13 +86,34 @@ class Resident:
             self.model.train()
 
     def write(self, slot: Slot) -> None:
-        """Copies the values into ``slot``."""
-        fill(slot, self._tensors)
+        """Copies the values into ``slot``.
+
+        Raises:
+            ValueError: The model put something else in the place of a parameter or buffer.
+        """
+        fill(slot, self._tensors if not self._state.is_watching else self._tensors_now())
+
+    def _tensors_now(self) -> list[list[Tensor]]:
+        """Finds the tensors, which the model may have assigned anew."""
+        try:
+            found = self.layout.tensors(self.model)
+            same = all(a is b for a, b in zip(chain(*found), self._members, strict=True))
+            if same or Layout.of(self.model) == self.layout:
+                return found
+        except (KeyError, ValueError):  # one is missing, or is nothing that has a mean
+            pass
+        raise ValueError(
+            "the model replaced a parameter or buffer by one of another shape or dtype, or removed "
+            "it, in the forward pass; write to it in place"
+        )
 
     def forget_gradients(self) -> None:
-        """Drops all gradients."""
+        """Drops all gradients, and whoever wanted to see them."""
         for parameter in self._parameters:
             parameter.grad = None
+            for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
+                if hooks:  # the factory of optimizers has hooked into it
+                    hooks.clear()  # autograd looks into the same dict
 
     def unfreeze(self) -> None:
         """Sets ``requires_grad`` of all parameters as it was."""

@@ -34,6 +34,15 @@ _KNOWN: Final = (
     nn.SmoothL1Loss,
     nn.SoftMarginLoss,
 )
+# Of these, outputs and targets of unlike shapes are broadcast: every row meets every other.
+_BROADCASTING: Final = (
+    nn.HuberLoss,
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.PoissonNLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
 _NORMALISED: Final = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
@@ -77,7 +86,18 @@ def row_losses(loss: Loss) -> RowLosses:
         single = copy.copy(loss)
         mean = single.reduction == "mean"  # type: ignore[attr-defined]
         single.reduction = "none"  # type: ignore[attr-defined]
-        return lambda outputs, targets: _per_row(single(outputs, targets), mean=mean)
+        apart = type(loss) in _BROADCASTING
+
+        def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+            if apart and outputs.shape != targets.shape:
+                raise NotVectorizableError(
+                    f"{type(loss).__name__} broadcasts outputs of shape {tuple(outputs.shape)} and "
+                    f"targets of shape {tuple(targets.shape)}: padding would get into the loss of "
+                    "the other rows; give both one shape, or use vectorize=False"
+                )
+            return _per_row(single(outputs, targets), mean=mean)
+
+        return losses
     if loss is nn.functional.cross_entropy:
         return lambda outputs, targets: _per_row(
             nn.functional.cross_entropy(outputs, targets, reduction="none"), mean=True

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from fedproc.client.repeatable import is_watched
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.stepping import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from fedproc.client.training import OptimizerFactory
 
 _ELEMENTWISE: Final = (
     torch.optim.ASGD,
@@ -58,8 +61,7 @@ class StackedOptimizer:
         self._clients = len(values)
         self._members: list[tuple[nn.Parameter, slice]] = []
         groups = [self._group(group, ends) for group in chosen.param_groups]
-        make: Any = type(chosen)
-        self._optimizer: torch.optim.Optimizer = make(groups)
+        self._optimizer = _made_like(chosen, groups)
         self._step = step_of(self._optimizer)
 
     def _group(self, group: dict[str, Any], ends: dict[int, tuple[int, int]]) -> dict[str, Any]:
@@ -80,7 +82,10 @@ class StackedOptimizer:
         columns = [slice(start, stop) for start, stop in runs]
         members = [(nn.Parameter(self._values[:, part]), part) for part in columns]
         self._members.extend(members)
-        return {**group, "params": [parameter for parameter, _ in members]}
+        stacked = {**group, "params": [parameter for parameter, _ in members]}
+        if group.get("fused") and not all(parameter.is_contiguous() for parameter, _ in members):
+            stacked["fused"] = None  # its kernels take columns for rows
+        return stacked
 
     def step(self, gradients: Tensor) -> None:
         """Takes one step of the first ``len(gradients)`` clients; the others stay as they are."""
@@ -102,6 +107,38 @@ class StackedOptimizer:
         self._clients = clients
 
 
+def chosen_by(
+    factory: OptimizerFactory, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Asks a user's factory for the optimizer of one client.
+
+    Raises:
+        NotVectorizableError: It does something besides.
+    """
+    before = _bits(parameters)
+    chosen = factory(list(parameters))
+    if any(map(is_watched, parameters)) or not torch.equal(_bits(parameters), before):
+        raise NotVectorizableError(
+            "the factory of optimizers changes the parameters or hooks into them, which stacked "
+            "clients do not share; use vectorize=False"
+        )
+    return chosen
+
+
+def _bits(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in parameters]).view(torch.uint8)
+
+
+def _made_like(
+    chosen: torch.optim.Optimizer, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    make: Any = type(chosen)
+    # the only number of all that groups do not tell the constructor
+    names = ("initial_accumulator_value",) if isinstance(chosen, torch.optim.Adagrad) else ()
+    made: torch.optim.Optimizer = make(groups, **{name: chosen.defaults[name] for name in names})
+    return made
+
+
 def _require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in _ELEMENTWISE:
         names = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
@@ -113,6 +150,12 @@ def _require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     if any(hooks):
         raise NotVectorizableError(
             "the optimizer has hooks, which would see all clients at once; use vectorize=False"
+        )
+    replaced = [name for name in vars(optimizer) if callable(getattr(type(optimizer), name, None))]
+    if replaced:
+        raise NotVectorizableError(
+            f"{replaced[0]} of the optimizer was replaced, by a scheduler or the factory: steps of "
+            "stacked clients are torch's own; use vectorize=False"
         )
     if optimizer.state and any(optimizer.state.values()) and _stepped(optimizer):
         raise NotVectorizableError(

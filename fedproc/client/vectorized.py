@@ -32,7 +32,7 @@ from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
 from fedproc.client.shards import Shards
 from fedproc.client.single_step import SharedStep, is_affine, is_sound
-from fedproc.client.stacked_optimizer import StackedOptimizer
+from fedproc.client.stacked_optimizer import StackedOptimizer, chosen_by
 from fedproc.client.stacked_rules import stacked_correction
 from fedproc.client.update import NO_BLOCK, Task, Update, weights_of
 from fedproc.client.vectorizable import stack_size, try_rows
@@ -128,7 +128,7 @@ class Stacks:
         orders = Orders(shards.starts, shards.sizes, self._local, _seeds(tasks))
         anchor = self._anchor()
         values = anchor.repeat(len(states), 1)
-        chosen = self._local.optimizer(list(self._parameters))
+        chosen = chosen_by(self._local.optimizer, self._parameters)
         optimizer = StackedOptimizer(chosen, self._parameters, values)
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, anchor, shared, known)
@@ -160,7 +160,9 @@ class Stacks:
         """Tells whether the mean of first steps is the step by the mean of the gradients."""
         if not self._repeatable.holds():  # code of users may do anything to what flows back
             return False
-        return is_affine(self._local, self._rule, self._local.optimizer(list(self._parameters)))
+        return is_affine(
+            self._local, self._rule, chosen_by(self._local.optimizer, self._parameters)
+        )
 
     def may_share(self, sizes: Sequence[int]) -> bool:
         """Tells whether clients with so many rows can share a step, of which the mean is wanted."""

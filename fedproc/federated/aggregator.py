@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from fedproc.client.gradients import Loss
     from fedproc.client.training import LocalTraining, TrainFunction
+    from fedproc.events import Sink
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.evaluation import Metric
     from fedproc.federated.history import Evaluation
@@ -113,7 +114,8 @@ class Aggregator:
             require_reachable(min_clients, size)
         strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
-        self._callbacks, self._global = callables(callbacks), copied(model)
+        self._callbacks = callables(callbacks)
+        self._global = copied(model, getattr(local, "loss", None))
         rules = Rules(
             strategy=strategy,
             weigh=weight_of(weighting),
@@ -172,10 +174,7 @@ class Aggregator:
         try:
             # callbacks may do anything to the model
             with nullcontext() if self._callbacks else self._course.undisturbed():
-                while self._course.round < last:
-                    due = rows if (self._course.round + 1) % evaluate_every == 0 else None
-                    if self._stopped_by(self._course.play(due, bar or ignore, last)):
-                        break
+                self._play_until(last, rows, evaluate_every, bar or ignore)
         except PrivacyBudgetError as error:
             warnings.warn(f"run ended early: {error}", UserWarning, stacklevel=2)
         finally:
@@ -278,6 +277,14 @@ class Aggregator:
         course = aggregator._course
         course.resume(checkpoint.load(path, aggregator.model, course.identity()))
         return aggregator
+
+    def _play_until(
+        self, last: int, rows: EvaluationRows | None, evaluate_every: int, sink: Sink
+    ) -> None:
+        while self._course.round < last:
+            due = rows if (self._course.round + 1) % evaluate_every == 0 else None
+            if self._stopped_by(self._course.play(due, sink, last)):
+                break
 
     def _stopped_by(self, record: RoundRecord) -> bool:
         answers = [callback(self, record) for callback in self._callbacks]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedproc.client.trail import IDLE, Trail
 from fedproc.client.trainer import Trainer
 from fedproc.client.work import Work
@@ -167,18 +169,20 @@ class Crew:
         except NotShippableError as error:
             raise _unshippable(self._model, error) from error
         plan = worker.send(work)
-        return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
+        # whoever has it made, an evaluation in inference mode for instance, others train with it
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
 
 
-def copied(model: nn.Module) -> GlobalModel:
-    """Copies the model that is given to an aggregator.
+def copied(model: nn.Module, loss: object = None) -> GlobalModel:
+    """Copies the model that is given to an aggregator, which trains it with ``loss``.
 
     Raises:
         NotShippableError: It holds what cannot be copied.
         ValueError: It has nothing to train, or tensors without a defined mean.
     """
     try:
-        return GlobalModel(model)
+        return GlobalModel(model, loss)
     except (ValueError, MemoryError):
         raise
     except Exception as error:

@@ -46,7 +46,7 @@ class Promise:
     def arrived(self) -> bool:
         """Tells whether it can be taken without waiting."""
         # What was lost counts as executed for those who wait: the look may be what notices it.
-        return self.link.has_executed(self.query.query) and self.link.end is None
+        return reading.has_arrived(self.link, self.query.query) and self.link.end is None
 
 
 def readable(cluster: Cluster, nbytes: int) -> Tensor:

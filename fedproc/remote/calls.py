@@ -86,7 +86,10 @@ def fold(function: str, args: tuple[Any, ...], *, what: str) -> tuple[Link, Borr
     It changes nothing that a pointer shows, so it need not wait for those who read. Of private
     data, too, the aggregator may take what it gives: updates to fold, and means over enough rows.
     """
-    link, message = encode_question(function, args, {}, modes(), what, folding=True)
+    usual = modes()
+    if usual is not None:  # its own are for who asks: what clients train and keep needs gradients
+        usual = True, False, *usual[2:]
+    link, message = encode_question(function, args, {}, usual, what, folding=True)
     return link, reading.asked(link, message)
 
 

@@ -176,14 +176,6 @@ class Link:
         """Whether command ``number`` was executed, or never will be."""
         return self.inbox.executed >= number or self.end is not None
 
-    def has_executed(self, number: int) -> bool:
-        """The same, after a look at what has arrived. Does not wait."""
-        self.check_process()
-        if not self.executed(number):
-            self.flush()
-            self.hub.look()
-        return self.executed(number)
-
     def done(self) -> int:
         """The last command that was executed, also if the worker has not told, or no more can."""
         mapped = self.mapped

@@ -104,7 +104,7 @@ class Pointer(metaclass=Kind):
     def done(self) -> bool:
         """Whether the object is there (or never will be). Does not wait."""
         self._handle.check()
-        return self._handle.link.has_executed(self._handle.number)
+        return reading.has_arrived(self._handle.link, self._handle.number)
 
     def wait(self, timeout: float | None = None) -> "Self":
         """Wait until the object is there.

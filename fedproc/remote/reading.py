@@ -49,6 +49,15 @@ def _ask(borrow: Borrow, handle: Handle, what: str, *, lent: bool = False) -> No
     handle.link.lend(borrow, message, caller())
 
 
+def has_arrived(link: Link, number: int) -> bool:
+    """Whether command ``number`` was executed, or never will be. Looks, does not wait."""
+    link.check_process()
+    if not link.executed(number):
+        link.flush()
+        link.hub.look()
+    return link.executed(number)
+
+
 def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
     """The value asked for, copied into memory of this process."""
     return _finish(link, borrow, what, timeout)[0]

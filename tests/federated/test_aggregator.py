@@ -1,4 +1,5 @@
 import copy
+import signal
 
 import pytest
 import torch
@@ -167,6 +168,30 @@ def test_an_interrupted_run_leaves_nothing_that_the_next_one_starts_from(data):
     nn.init.constant_(aggregator.model.weight, 5.0)
     aggregator.run(2)
     assert set(aggregator.model.weight.flatten().tolist()) == {5.0}
+
+
+def test_a_round_that_fails_uses_its_number(data):
+    def late(number, frame):
+        raise TimeoutError("late")
+
+    class Signalling(FedAvg):
+        rounds = 0
+
+        def step(self, x, received, state):
+            Signalling.rounds += 1
+            if Signalling.rounds == 2:
+                signal.raise_signal(signal.SIGUSR1)
+            return super().step(x, received, state)
+
+    before = signal.signal(signal.SIGUSR1, late)
+    try:
+        aggregator = Aggregator(linear(), data, LOCAL, strategy=Signalling())
+        with pytest.raises(TimeoutError, match="late"):
+            aggregator.run(5)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    aggregator.run(1)
+    assert [record.round for record in aggregator.history] == [1, 3]
 
 
 def test_the_flat_model_is_not_kept_after_a_run(data):

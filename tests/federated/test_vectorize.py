@@ -323,3 +323,69 @@ def test_what_protects_single_updates_is_refused(anywhere, vectorize):
         (name,) = protection
         with pytest.raises(ValueError, match=f"{name}= protects each"):
             Aggregator(mlp(), data, LOCAL, weighting="uniform", vectorize=vectorize, **protection)
+
+
+# ---------------------------------------------------------------- what a stack does not share
+
+
+def two_groups(kind, **options):
+    def factory(parameters):
+        weights, biases = parameters[::2], parameters[1::2]
+        groups = [{"params": weights}, {"params": biases, "lr": 0.01}]
+        return kind(groups, lr=0.05, **options)
+
+    return factory
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        two_groups(torch.optim.SGD, momentum=0.9, fused=True),
+        two_groups(torch.optim.Adam, fused=True),
+        two_groups(torch.optim.Adagrad, fused=True),
+        lambda parameters: torch.optim.Adam(parameters[::2], lr=0.01, fused=True),
+        functools.partial(torch.optim.Adagrad, lr=0.1, initial_accumulator_value=1.0),
+    ],
+)
+def test_groups_and_initial_values_of_optimizers(anywhere, factory):
+    local = LocalTraining(cross_entropy, factory, batch_size=4, epochs=2)
+    require_same(run(anywhere, local, vectorize=True), run(anywhere, local))
+
+
+def scheduled(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    optimizer.step = lambda closure=None: None
+    return optimizer
+
+
+def changing(parameters):
+    parameters[0].data.mul_(2.0)  # counts no version
+    return sgd(parameters)
+
+
+def hooking(parameters):
+    parameters[0].register_hook(lambda gradient: 0.5 * gradient)
+    return sgd(parameters)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [(scheduled, "step of the optimizer was replaced"), (changing, "hooks"), (hooking, "hooks")],
+)
+def test_factories_that_do_more_are_refused(anywhere, factory, reason):
+    local = LocalTraining(cross_entropy, factory, batch_size=4)
+    with pytest.raises(NotVectorizableError, match=reason):
+        run(anywhere, local, rounds=1, vectorize=True)
+    assert run(anywhere, local, rounds=1, vectorize="auto").history[0].vectorized is False
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
+def test_losses_that_broadcast_over_the_batch_are_refused(anywhere, kind):
+    data = {client: (x, x[:, 0]) for client, (x, _) in shards(SIZES).items()}
+    local = LocalTraining(kind(), sgd, batch_size=8)
+    aggregator = Aggregator(
+        nn.Linear(6, 1), FederatedDataset(data, anywhere), local, vectorize=True
+    )
+    with pytest.raises(NotVectorizableError, match=r"broadcasts outputs of shape \(\d+, 1\)"):
+        aggregator.run(1)

@@ -1,0 +1,307 @@
+"""No client finds what another has left in the model, and what users change reaches all workers."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import fedproc as fp
+from fedproc.client.training import LocalTraining
+from fedproc.cluster.cluster import Cluster
+from fedproc.federated.aggregator import Aggregator
+from fedproc.federated.data import FederatedDataset
+from tests.federated.oracle import sequential_fedavg
+from tests.federated.worlds import bits, cross_entropy, linear, sgd, shards
+
+SIZES = [9, 6, 12, 5, 8]
+
+
+class Assigning(nn.Module):
+    """Assigns a new tensor to its buffer, a usual way to keep a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return self.inner(x - self.mean)
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x) / self.calls
+
+
+class Listing(nn.Module):
+    """Keeps a list that grows, a list of its own parts, and a new attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other = linear(), linear(seed=1)
+        self.order = [self.inner, self.other]
+        self.seen = {"calls": [1.0]}
+
+    def forward(self, x):
+        self.seen["calls"].append(1.0)
+        self.order.reverse()
+        self.late = getattr(self, "late", 0) + 1
+        return self.order[0](x) / len(self.seen["calls"]) / self.late
+
+
+class Switching(nn.Module):
+    """Changes a part of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.inner = nn.Dropout(0.0), linear()
+
+    def forward(self, x):
+        out = self.inner(self.drop(x))
+        self.drop.p = 0.5
+        return out
+
+
+class Replacing(nn.Module):
+    """Replaces a part by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.act = linear(), nn.ReLU()
+
+    def forward(self, x):
+        out = self.act(self.inner(x))
+        self.act = nn.Tanh()
+        return out
+
+
+class CountingLoss(nn.Module):
+    """A loss with a memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        return cross_entropy(outputs, targets) / self.calls
+
+
+def hooked(parameters):
+    """A factory that hooks into the parameters in both ways."""
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: 0.5 * gradient)
+        parameter.register_post_accumulate_grad_hook(_halve)
+    return sgd(parameters)
+
+
+def _halve(parameter):
+    parameter.grad.mul_(0.5)
+
+
+@pytest.fixture(scope="module", params=["inline-1", "process-1", "process-2"])
+def anywhere(request):
+    transport, count = request.param.split("-")
+    with Cluster(int(count), transport=transport) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "factory"),
+    [
+        (Assigning, cross_entropy, sgd),
+        (Counting, cross_entropy, sgd),
+        (Listing, cross_entropy, sgd),
+        (Switching, cross_entropy, sgd),
+        (Replacing, cross_entropy, sgd),
+        (linear, cross_entropy, hooked),
+    ],
+)
+def test_a_client_starts_from_the_model_and_nothing_else(anywhere, make, loss, factory):
+    local = LocalTraining(loss, factory, batch_size=4, epochs=2)
+    aggregator = Aggregator(make(), FederatedDataset(shards(SIZES), anywhere), local)
+    aggregator.run(2)
+    expected = sequential_fedavg(
+        make(), shards(SIZES), loss, factory, rounds=2, batch_size=4, epochs=2
+    )
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_a_loss_starts_as_it_was(anywhere):
+    local = LocalTraining(CountingLoss(), sgd, batch_size=None)
+    aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), local)
+    aggregator.run(1)
+    expected = sequential_fedavg(
+        linear(), shards(SIZES), cross_entropy, sgd, rounds=1, batch_size=None
+    )
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_what_a_train_function_sets_is_gone_for_the_next_client(anywhere):
+    def train(model, x, y, ctx):
+        found = getattr(model, "visits", 0)
+        model.visits = found + 1
+        return {"found": float(found)}
+
+    aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
+    assert [record.metrics["found"] for record in aggregator.run(2)] == [0.0, 0.0]
+
+
+def test_a_buffer_of_another_shape_is_a_failure_of_the_client(anywhere):
+    class Growing(Assigning):
+        def forward(self, x):
+            self.mean = torch.zeros(7)
+            return self.inner(x)
+
+    local = LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(Growing(), FederatedDataset(shards(SIZES), anywhere), local)
+    with pytest.raises(fp.QuorumError, match="of another shape or dtype"):
+        aggregator.run(1)
+
+
+def test_the_mode_of_an_evaluation_does_not_stay(anywhere):
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(linear(), data, local)
+    with torch.inference_mode():
+        aggregator.evaluate(shards([20])["a"])
+        aggregator.evaluate_clients()
+    history = aggregator.run(2)
+    assert [dict(record.failures) for record in history] == [{}, {}]
+    expected = sequential_fedavg(linear(), shards(SIZES), cross_entropy, sgd, rounds=2)
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_a_round_in_inference_mode_is_one_as_any(anywhere):
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(linear(), data, local)
+    aggregator.run(1)
+    with torch.inference_mode():
+        aggregator.run(1)
+    expected = sequential_fedavg(linear(), shards(SIZES), cross_entropy, sgd, rounds=2)
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_another_default_dtype_between_rounds(anywhere):
+    local = LocalTraining(cross_entropy, sgd, batch_size=4)
+    aggregator = Aggregator(Doubling(), FederatedDataset(shards(SIZES), anywhere), local)
+    aggregator.run(1)  # steps are captured
+    fresh = Aggregator(aggregator.model, FederatedDataset(shards(SIZES), anywhere), local)
+    fresh._course.round = 1
+    torch.set_default_dtype(torch.float64)
+    try:
+        for each in (aggregator, fresh):
+            assert not each.run_round().failures
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+class Doubling(nn.Module):
+    """What it computes with depends on the default dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x):
+        return self.inner((x * torch.ones(6)).to(self.inner.weight.dtype))
+
+
+# ---------------------------------------------------------------- between rounds
+
+
+def dropping(p=0.1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(p), nn.Linear(8, 3))
+
+
+def changed_p(aggregator):
+    aggregator.model[1].p = 0.9
+
+
+def changed_hook(aggregator):
+    aggregator.model[1].register_forward_hook(_doubled)
+
+
+def changed_part(aggregator):
+    aggregator.model[1] = nn.Tanh()
+
+
+def _doubled(module, args, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("change", [changed_p, changed_hook, changed_part])
+def test_what_is_changed_between_rounds_reaches_all_workers(anywhere, change):
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(dropping(), data, local)
+    aggregator.run(1)
+    change(aggregator)
+    halfway = copy.deepcopy(aggregator.model)
+    aggregator.run(1)
+
+    fresh = Aggregator(halfway, FederatedDataset(shards(SIZES), anywhere), local)
+    fresh._course.round = 1  # the streams of clients are those of the second round
+    fresh.run(1)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+def test_a_lost_worker_changes_no_bit_of_a_model_that_was_changed():
+    found = []
+    for loses in (False, True):
+        with Cluster(2, restart=True) as cluster:
+            data = FederatedDataset(shards(SIZES), cluster)
+            aggregator = Aggregator(dropping(), data, LocalTraining(cross_entropy, sgd))
+            aggregator.run(1)
+            changed_p(aggregator)
+            if loses:
+                cluster.workers[0].kill()
+            aggregator.run(2)
+            found.append(bits(aggregator.model))
+    assert found[0] == found[1]
+
+
+def test_a_number_of_the_loss_is_one_of_the_model(anywhere):
+    loss = nn.CrossEntropyLoss()
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(loss, sgd)
+    aggregator = Aggregator(linear(), data, local)
+    loss.label_smoothing = 0.5
+    aggregator.run(1)
+    loss.label_smoothing = 0.0
+    aggregator.run(1)
+    between = sequential_fedavg(
+        linear(), shards(SIZES), nn.CrossEntropyLoss(label_smoothing=0.5), sgd, rounds=1
+    )
+    again = Aggregator(between, FederatedDataset(shards(SIZES), anywhere), local)
+    again._course.round = 1
+    again.run(1)
+    assert bits(aggregator.model) == bits(again.model)
+
+
+# ---------------------------------------------------------------- what a capture brings along
+
+
+def test_a_capture_does_not_import_the_compiler():
+    def compilers():
+        import sys
+
+        return [name for name in sys.modules if "symbolic_shapes" in name or name == "sympy"]
+
+    with Cluster(1) as cluster:
+        data = FederatedDataset(shards([16, 16]), cluster)
+        local = LocalTraining(
+            cross_entropy, functools.partial(torch.optim.SGD, lr=0.1), batch_size=4
+        )
+        Aggregator(linear(), data, local).run(2)
+        assert cluster.workers[0].run(compilers).get() == []
