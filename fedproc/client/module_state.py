@@ -1,8 +1,9 @@
 """What modules keep besides their values: put back before every client.
 
 Runs in workers. A module of a user's may count its calls, assign a new tensor to a buffer, or keep
-a list. A client must not find what another has left there: the result would depend on who trained
-where. Modules of torch, and users' whose code cannot do such things, need none of this.
+a list; so may a hook. A client must not find what another has left there: the result would depend
+on who trained where. Modules of torch, and users' whose code cannot do such things, need none of
+this.
 """
 
 from __future__ import annotations
@@ -10,22 +11,29 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fedproc.client.pure import ImpureError, reads_of_module
+from fedproc.client.pure import ImpureError, is_constant, reads_of_module
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from torch import Tensor
-
-_MEMBERS: Final = ("_parameters", "_buffers", "_modules")
-# what torch keeps in every module, hooks for instance; all but the members stays as it is
 _EVERY_MODULE: Final = frozenset(vars(nn.Module()))
+# parameters, buffers, parts, and hooks of all kinds
+_MEMBERS: Final = tuple(
+    name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
+)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ModuleState:
-    """The attributes of modules as they were when this was made."""
+    """The attributes of modules as they were when this was made.
+
+    Containers and plain objects are copied, once here and once for each client. Modules and tensors
+    stay the same objects: of the tensors the values are put back where somebody wrote to them in
+    place. So does what cannot be copied, such as a lock.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], *, changing: bool) -> None:
         """Looks at modules.
@@ -37,28 +45,44 @@ class ModuleState:
         self._parts = list(modules)
         if not changing and all(map(_stays_as_it_is, self._parts)):
             self._parts = []
-        # they stay the same objects, also where an attribute names them
-        stay: list[Any] = [*self._parts]
-        for part in self._parts:
-            stay += [each for name in _MEMBERS for each in vars(part)[name].values()]
-        self._stay = {id(each): each for each in stay if each is not None}
+        attributes = [_attributes(part) for part in self._parts]
         self._members = [
             [(name, dict(vars(part)[name])) for name in _MEMBERS] for part in self._parts
         ]
-        self._kept = [copy.deepcopy(_attributes(part), dict(self._stay)) for part in self._parts]
+        objects = [*self._parts, *_objects_in([attributes, self._members])]
+        self._stay = {id(each): each for each in objects}
+        own = {id(t) for part in self._parts for t in (*part.parameters(), *part.buffers())}
+        tensors = {id(t): t for each in objects for t in _tensors_of(each) if id(t) not in own}
+        self._tensors = [(t, t._version, t.detach().clone()) for t in tensors.values()]
+        # one copy of all: what two modules share stays shared
+        moving = [_moving(part, self._stay) for part in attributes]
+        self._fixed = [
+            {name: value for name, value in part.items() if name not in copied}
+            for part, copied in zip(attributes, moving, strict=True)
+        ]
+        self._moving = copy.deepcopy(moving, dict(self._stay))
 
     def restore(self) -> None:
-        """Makes all attributes what they were; values of tensors stay."""
-        for part, members, kept in zip(self._parts, self._members, self._kept, strict=True):
+        """Makes all attributes what they were; values of parameters and buffers stay."""
+        moving = (
+            copy.deepcopy(self._moving, dict(self._stay)) if any(self._moving) else self._moving
+        )
+        every = zip(self._parts, self._members, self._fixed, moving, strict=True)
+        for part, members, fixed, copied in every:
             own = vars(part)
             for name, before in members:
                 if not _are_same(own[name], before):
                     own[name].clear()
                     own[name].update(before)
-            if kept or len(own) > len(_EVERY_MODULE):
-                for name in _attributes(part).keys() - kept.keys():
-                    del own[name]
-                own.update(copy.deepcopy(kept, dict(self._stay)))
+            for name in _attributes(part).keys() - fixed.keys() - copied.keys():
+                del own[name]
+            own.update(fixed)
+            own.update(copied)
+        for place, (tensor, version, values) in enumerate(self._tensors):
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(values)
+                self._tensors[place] = tensor, tensor._version, values
 
     @property
     def is_watching(self) -> bool:
@@ -67,6 +91,11 @@ class ModuleState:
 
 
 def _stays_as_it_is(part: nn.Module) -> bool:
+    own = vars(part)
+    if any(own[name] for name in _HOOKS) or any(
+        callable(getattr(type(part), name, None)) for name in own
+    ):
+        return False  # a hook, or a method that was replaced
     if type(part).__module__.startswith("torch.nn.modules."):
         return True
     try:
@@ -80,6 +109,38 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(part).items() if name not in _EVERY_MODULE}
 
 
-def _are_same(now: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> bool:
+def _moving(attributes: Mapping[str, Any], stay: Mapping[int, object]) -> dict[str, Any]:
+    """Picks what somebody could change without putting another object in its place."""
+    return {
+        name: value
+        for name, value in attributes.items()
+        if not is_constant(value) and id(value) not in stay and _can_be_copied(value, stay)
+    }
+
+
+def _can_be_copied(value: object, stay: Mapping[int, object]) -> bool:
+    try:
+        copy.deepcopy(value, dict(stay))
+    except Exception:  # noqa: BLE001 - a lock, an open file: whatever it raises
+        return False
+    return True
+
+
+def _objects_in(value: object) -> Iterator[nn.Module | Tensor]:
+    """Yields modules and tensors in lists, tuples, sets and dicts."""
+    if isinstance(value, nn.Module | Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _objects_in([*value.values()])
+    elif isinstance(value, list | tuple | set | frozenset):
+        for each in value:
+            yield from _objects_in(each)
+
+
+def _tensors_of(each: nn.Module | Tensor) -> list[Tensor]:
+    return [each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()]
+
+
+def _are_same(now: dict[Any, object], before: dict[Any, object]) -> bool:
     pairs = zip(now.items(), before.items(), strict=False)
     return len(now) == len(before) and all(a == b and x is y for (a, x), (b, y) in pairs)

@@ -100,12 +100,13 @@ class Resident:
             same = all(a is b for a, b in zip(chain(*found), self._members, strict=True))
             if same or Layout.of(self.model) == self.layout:
                 return found
-        except (KeyError, ValueError):  # one is missing, or is nothing that has a mean
-            pass
+            cause: Exception | None = None
+        except (KeyError, ValueError) as error:  # one is missing, or is nothing that has a mean
+            cause = error
         raise ValueError(
             "the model replaced a parameter or buffer by one of another shape or dtype, or removed "
             "it, in the forward pass; write to it in place"
-        )
+        ) from cause
 
     def forget_gradients(self) -> None:
         """Drops all gradients, and whoever wanted to see them."""

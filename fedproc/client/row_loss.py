@@ -34,11 +34,12 @@ _KNOWN: Final = (
     nn.SmoothL1Loss,
     nn.SoftMarginLoss,
 )
-# Of these, outputs and targets of unlike shapes are broadcast: every row meets every other.
+# Of these, outputs (n, 1) and targets (n,) are broadcast: every row meets every other.
 _BROADCASTING: Final = (
     nn.HuberLoss,
     nn.L1Loss,
     nn.MSELoss,
+    nn.MultiLabelSoftMarginLoss,
     nn.PoissonNLLLoss,
     nn.SmoothL1Loss,
     nn.SoftMarginLoss,
@@ -86,14 +87,15 @@ def row_losses(loss: Loss) -> RowLosses:
         single = copy.copy(loss)
         mean = single.reduction == "mean"  # type: ignore[attr-defined]
         single.reduction = "none"  # type: ignore[attr-defined]
-        apart = type(loss) in _BROADCASTING
+        broadcasts = type(loss) in _BROADCASTING
 
         def losses(outputs: Tensor, targets: Tensor) -> Tensor:
-            if apart and outputs.shape != targets.shape:
+            apart = outputs.ndim != targets.ndim or len(outputs) != len(targets)
+            if broadcasts and apart:
                 raise NotVectorizableError(
                     f"{type(loss).__name__} broadcasts outputs of shape {tuple(outputs.shape)} and "
                     f"targets of shape {tuple(targets.shape)}: padding would get into the loss of "
-                    "the other rows; give both one shape, or use vectorize=False"
+                    "the other rows; give both as many dimensions, or use vectorize=False"
                 )
             return _per_row(single(outputs, targets), mean=mean)
 

@@ -156,7 +156,10 @@ class Trainer(Evaluator):
     def takes_affine_steps(self) -> bool:
         """Tells whether the mean of clients that take one step each needs one backward pass."""
         self._resident.train()
-        return self._stacks.is_affine()
+        try:
+            return self._stacks.is_affine()
+        finally:
+            self._resident.forget_gradients()  # and the hooks of the factory
 
     def failure(self, client: str) -> None:
         """Raises what made a client of :meth:`train_some` or :meth:`train_stack` fail."""

@@ -160,9 +160,11 @@ class Stacks:
         """Tells whether the mean of first steps is the step by the mean of the gradients."""
         if not self._repeatable.holds():  # code of users may do anything to what flows back
             return False
-        return is_affine(
-            self._local, self._rule, chosen_by(self._local.optimizer, self._parameters)
-        )
+        try:
+            chosen = chosen_by(self._local.optimizer, self._parameters)
+        except NotVectorizableError:  # told when a stack is to be trained
+            return False
+        return is_affine(self._local, self._rule, chosen)
 
     def may_share(self, sizes: Sequence[int]) -> bool:
         """Tells whether clients with so many rows can share a step, of which the mean is wanted."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedproc.client.ranges import require_at_least, require_seed
@@ -172,12 +171,12 @@ class Aggregator:
         last = self._course.round + rounds
         bar = ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
         try:
-            # callbacks may do anything to the model
-            with nullcontext() if self._callbacks else self._course.undisturbed():
-                self._play_until(last, rows, evaluate_every, bar or ignore)
+            self._course.release()
+            self._play_until(last, rows, evaluate_every, bar or ignore)
         except PrivacyBudgetError as error:
             warnings.warn(f"run ended early: {error}", UserWarning, stacklevel=2)
         finally:
+            self._course.release()
             if bar is not None:
                 bar.close()
         return self.history
@@ -283,7 +282,9 @@ class Aggregator:
     ) -> None:
         while self._course.round < last:
             due = rows if (self._course.round + 1) % evaluate_every == 0 else None
-            if self._stopped_by(self._course.play(due, sink, last)):
+            # callbacks may do anything to the model
+            record = self._course.play(due, sink, last, alone=not self._callbacks)
+            if self._stopped_by(record):
                 break
 
     def _stopped_by(self, record: RoundRecord) -> bool:

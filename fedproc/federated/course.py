@@ -6,7 +6,6 @@ Runs in the parent. A round is computed elsewhere and committed here as a whole 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ from fedproc.federated.sampling import draw_cohort
 from fedproc.federated.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from fedproc.federated.crew import Crew
@@ -68,12 +65,17 @@ class Course:
         self.history = History()
         self._made: tuple[Start, Outcome, RoundRecord] | None = None  # not taken over yet
         self._ahead: tuple[int, tuple[str, ...]] | None = None  # a round, and its cohort
-        self._is_undisturbed = False
         self._block: Tensor | None = None  # what the model holds, if nobody can have changed it
         self._allocate = partial(readable, crew.data.cluster)
 
     def play(
-        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None = None
+        self,
+        rows: EvaluationRows | None,
+        sink: Sink,
+        last: int,
+        timeline: Timeline | None = None,
+        *,
+        alone: bool = False,
     ) -> RoundRecord:
         """Plays one round and commits it.
 
@@ -82,6 +84,9 @@ class Course:
             sink: Told what happens.
             last: Number of the last round of this run, for the sink.
             timeline: Notes who did what when.
+            alone: Since ``release`` nothing ran but rounds, so nobody else changed the model: this
+                one starts with what the one before has made. Looking at the module and putting its
+                values into flat form again would cost small models a thirtieth of the round.
 
         Raises:
             QuorumError: Too few clients finished; the model is unchanged.
@@ -89,16 +94,24 @@ class Course:
         """
         grad = torch.is_grad_enabled()
         try:
-            return self._played(rows, sink, last, timeline)
+            return self._played(rows, sink, last, timeline, alone=alone)
         finally:
+            if not alone:
+                self.release()
             # Ctrl-C at the end of a torch.no_grad() comes before that has put back what was
             torch._C._set_grad_enabled(grad)
 
     def _played(
-        self, rows: EvaluationRows | None, sink: Sink, last: int, timeline: Timeline | None
+        self,
+        rows: EvaluationRows | None,
+        sink: Sink,
+        last: int,
+        timeline: Timeline | None,
+        *,
+        alone: bool,
     ) -> RoundRecord:
         started, traffic = time.perf_counter(), Traffic(self._crew.data.cluster)
-        if self._block is None:
+        if self._block is None or not alone:
             self.refresh()
         number = self.round + 1
         cohort = self._draw(number)
@@ -141,21 +154,13 @@ class Course:
     def refresh(self) -> None:
         """Notices what the user did to the model since the last round."""
         self._commit()  # Ctrl-C twice may have left it undone
+        self.release()
         if self._global.look_again():
             self._crew.dismiss()
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """A block in which rounds follow each other and nobody else changes the model.
-
-        Each starts with what the one before has made; looking at the module and putting its values
-        into flat form again would cost small models a thirtieth of the round.
-        """
-        self._is_undisturbed = True
-        try:
-            yield
-        finally:
-            self._is_undisturbed, self._block = False, None
+    def release(self) -> None:
+        """Lets go of the model in flat form: before the next round the module is looked at."""
+        self._block = None
 
     def identity(self) -> Identity:
         """Returns what must be the same when a run continues."""
@@ -193,7 +198,7 @@ class Course:
         start, outcome, record = self._made
         self.ledger = outcome.ledger  # first: what is released must be accounted for
         self._global.load(outcome.block, before=start.block)
-        self._block = outcome.block if self._is_undisturbed else None
+        self._block = outcome.block
         self.state = outcome.state
         self.kept.update({client: kept for client, kept in outcome.kept.items() if kept})
         self.round = record.round

@@ -6,7 +6,7 @@ Runs in the parent. Users may look at the module and write to it between rounds.
 from __future__ import annotations
 
 import copy
-from itertools import chain
+import operator
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class GlobalModel:
@@ -60,7 +63,8 @@ class GlobalModel:
 
         Returns:
             Whether something that travels only with a new trainer was changed since the last call:
-            a frozen value, a number of a module or of the loss, a hook.
+            a frozen value, a number or hook of a module or of the loss, a module. Lists and other
+            objects that a module keeps are not looked at.
 
         Raises:
             ValueError: Other parameters are trained now than at the start.
@@ -70,36 +74,55 @@ class GlobalModel:
                 "parameters of aggregator.model were replaced, frozen or unfrozen since the "
                 "aggregator was made; make a new one from the changed model"
             )
-        frozen, structure = self._frozen, self._structure
+        before = self._untold
         self._look()
-        return frozen != self._frozen or not _are_same(structure, self._structure)
+        return not _are_same(before, self._untold)
 
     def _look(self) -> None:
         self._tensors = self.layout.tensors(self.module)
-        # the changes in place of parameters that travel only with a new trainer
-        self._frozen = [p._version for p in self.module.parameters() if not p.requires_grad]
-        self._structure = [part for module in self._modules() for part in _parts(module)]
-
-    def _modules(self) -> list[nn.Module]:
-        loss = list(self._loss.modules()) if isinstance(self._loss, nn.Module) else []
-        return [*self.module.modules(), *loss]
-
-
-# what is looked at by itself, or by nobody: a user evaluates the model and leaves it like that
-_ELSEWHERE: Final = frozenset(("_parameters", "_buffers", "_modules", "training"))
+        loss = [self._loss] if isinstance(self._loss, nn.Module) else []
+        frozen: list[Tensor] = [p for p in self.module.parameters() if not p.requires_grad]
+        frozen += [t for part in loss for t in (*part.parameters(), *part.buffers())]
+        self._untold = _Untold(
+            [*map(id, frozen), *(tensor._version for tensor in frozen)],
+            [module for each in (self.module, *loss) for module in each.modules()],
+            frozen,
+        )
 
 
-def _parts(module: nn.Module) -> Iterator[object]:
-    """Yields a module and what it keeps besides tensors: numbers, hooks, whatever was set."""
-    yield module
-    for name, value in vars(module).items():
-        if name not in _ELSEWHERE:
-            yield name
-            yield from chain.from_iterable(value.items()) if isinstance(value, dict) else (value,)
+class _Untold:
+    """What workers learn of a model and a loss only with a new trainer."""
+
+    def __init__(self, changes: list[int], modules: list[nn.Module], tensors: list[Tensor]) -> None:
+        """Notes it.
+
+        Args:
+            changes: Which tensors these are, and how often each was changed in place.
+            modules: All of the model and of the loss.
+            tensors: Kept, so that no other gets the id of one.
+        """
+        self.changes, self._tensors = changes, tensors
+        self.objects = [*modules, *(hook for module in modules for hook in _hooks(module))]
+        # Other attributes are not looked at: whoever calls the model may leave a result or a list
+        # there, and has not changed what is to be trained.
+        self.constants = {
+            (place, name): value
+            for place, module in enumerate(modules)
+            for name, value in vars(module).items()
+            if is_constant(value) and name != "training"
+        }
 
 
-def _are_same(before: list[object], now: list[object]) -> bool:
-    return len(before) == len(now) and all(
-        a is b or (is_constant(a) and is_constant(b) and a == b)
-        for a, b in zip(before, now, strict=True)
-    )
+def _hooks(module: nn.Module) -> Iterator[object]:
+    for name in _HOOKS:
+        yield from vars(module)[name].values()
+
+
+def _are_same(before: _Untold, now: _Untold) -> bool:
+    if before.changes != now.changes or len(before.objects) != len(now.objects):
+        return False
+    if not all(map(operator.is_, before.objects, now.objects)):
+        return False
+    both = before.constants.keys() & now.constants.keys()
+    pairs = ((before.constants[key], now.constants[key]) for key in both)
+    return all(a is b or a == b for a, b in pairs)

@@ -72,7 +72,8 @@ class Inbox:
         if frame.kind == _FAILED:
             self.failures.add(number, self._site(number), *_fields(frame))
         elif frame.kind == _REFUSAL:
-            self.failures.note_site(number, self._site(number))
+            if number not in self._abandoned:
+                self.failures.note_site(number, self._site(number))
             self._answered(number, frame)
         elif frame.kind in (_VALUE, _READY):
             self._answered(number, frame)

@@ -117,7 +117,7 @@ class Link:
             elif not more:
                 self.hub.tail()
             if not urgent and (self.lockstep != 0.0 or self.inbox.unanswered() > MOST_UNANSWERED):
-                self._keep_step(number)
+                self.keep_step(number)
         except BaseException:
             outbox.disown(number, message)
             raise
@@ -128,7 +128,7 @@ class Link:
         self.check()
         raise reentered(self.name, what)
 
-    def _keep_step(self, number: int) -> None:
+    def keep_step(self, number: int) -> None:
         """Go on when not too much is unanswered; in lockstep when the command is done."""
         if not self.lockstep:  # a limit of seconds ends by itself
             self.refuse_deadlock(number)

@@ -40,6 +40,8 @@ def asked(link: Link, message: Message) -> Borrow:
     """Send a question whose answer may lie in the worker's memory; ``finish`` takes it."""
     borrow = Borrow(scoped=False)
     link.lend(borrow, message, caller())
+    if link.lockstep != 0.0:  # it takes time, as no other question does
+        link.keep_step(borrow.query)
     return borrow
 
 

@@ -72,7 +72,7 @@ def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 def _fold(host: Host, sequence: int, command: commands.Compute) -> None:
     """Run a method of fedproc's client code; what it gives may leave for the aggregator."""
-    method = _foldable(host, command.args)  # before the run: it may make private
+    method = _foldable(host, command)  # before the run: it may make private
     result = run(host, command.function, command.args, command.kwargs, command.modes)
     if host.registered is not None:
         host.registered.require_result(result)
@@ -84,13 +84,16 @@ def _fold(host: Host, sequence: int, command: commands.Compute) -> None:
         host.audit.left(method, private[0], sequence, nbytes)
 
 
-def _foldable(host: Host, args: tuple[Any, ...]) -> str:
+def _foldable(host: Host, command: commands.Compute) -> str:
     """The method whose result an aggregator may take; of private data only fedproc's own.
 
-    The one private object in it is the trainer: rows that are given to it as an argument are not
-    its clients', and an evaluation of them would not be a mean.
+    No other function: a trainer has some that give a client's rows. The one private object in it is
+    the trainer: rows that are given to it as an argument are not its clients', and an evaluation of
+    them would not be a mean.
     """
-    target, method = args[0], str(args[1])
+    if command.function != f"{parts.__name__}.{parts.method.__name__}" or command.kwargs:
+        return ""
+    target, method = command.args[0], str(command.args[1])
     given = [entry for entry in host.used if entry.domain.private and entry.value is not target]
     least = getattr(target, "least_rows", None)
     if host.registered is not None and privacy.any_private(host.used):

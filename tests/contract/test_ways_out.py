@@ -566,3 +566,36 @@ if __name__ == "__main__":
             for row in try_all(shown_cluster, ways)[1]:
                 print("  {:<46} {}".format(*row))
             shown_cluster.close()
+
+
+# ---------------------------------------------------------------- what an aggregator may ask
+
+
+def sgd_for_all(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        ":fedproc.client.evaluator:Evaluator._rows",
+        "fedproc.client.evaluator.Evaluator._rows",
+        "builtins.getattr",
+    ],
+)
+def test_only_a_method_of_a_trainer_may_be_asked_for_what_is_folded(transport, registers, function):
+    rows = torch.full((20, 4), float(TELLING)), torch.zeros(20, dtype=torch.int64)
+    functions = [sgd_for_all] if registers else None
+    with fp.Cluster(1, transport=transport, functions=functions) as cluster:
+        data = fp.federate(rows, cluster, clients=1, private=True)
+        local = fp.LocalTraining(nn.CrossEntropyLoss(), sgd_for_all, batch_size=5)
+        aggregator = fp.Aggregator(nn.Linear(4, 3), data, local)
+        aggregator.run(1)
+        (client,) = data.clients
+        trainer = aggregator._course._crew.trainer(cluster.workers[0].name)
+        link, query = calls.fold(function, (trainer, client), what="train")
+        with pytest.raises(fp.FedprocError) as refused:
+            reading.finish(link, query, "train")
+        assert not isinstance(refused.value, fp.WorkerLostError)
+        assert TELLING not in str(refused.value)

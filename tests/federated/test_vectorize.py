@@ -380,7 +380,10 @@ def test_factories_that_do_more_are_refused(anywhere, factory, reason):
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-@pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
+@pytest.mark.parametrize(
+    "kind",
+    [nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.MultiLabelSoftMarginLoss],
+)
 def test_losses_that_broadcast_over_the_batch_are_refused(anywhere, kind):
     data = {client: (x, x[:, 0]) for client, (x, _) in shards(SIZES).items()}
     local = LocalTraining(kind(), sgd, batch_size=8)
@@ -389,3 +392,10 @@ def test_losses_that_broadcast_over_the_batch_are_refused(anywhere, kind):
     )
     with pytest.raises(NotVectorizableError, match=r"broadcasts outputs of shape \(\d+, 1\)"):
         aggregator.run(1)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_broadcast_within_a_row_are_right(anywhere):
+    data = {client: (x, x[:, :1]) for client, (x, _) in shards(SIZES).items()}
+    local = LocalTraining(nn.MSELoss(), sgd, batch_size=4)
+    require_same(run(anywhere, local, data=data, vectorize=True), run(anywhere, local, data=data))

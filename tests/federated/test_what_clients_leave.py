@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -86,6 +87,75 @@ class Replacing(nn.Module):
         return out
 
 
+class Sharing(nn.Module):
+    """A part appends to a list that the whole reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+        self.inner = Noting(self.notes)
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out * self.notes.pop()
+
+
+class Noting(nn.Module):
+    def __init__(self, notes):
+        super().__init__()
+        self.inner, self.notes = linear(), notes
+
+    def forward(self, x):
+        self.notes.append(float(len(x)))
+        return self.inner(x)
+
+
+class Locked(nn.Module):
+    """Leaves a lock out of its state and makes it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.lock, self.calls = linear(), threading.Lock(), [0]
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            self.calls[0] += 1
+            return self.inner(x) / self.calls[0]
+
+
+class Adding(nn.Module):
+    """Writes in place to a tensor that is no buffer, and to one in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.total = linear(), torch.zeros(6)
+        self.others = [torch.ones(3)]
+
+    def forward(self, x):
+        self.total += x.detach().mean(0)
+        self.others[0].mul_(2.0)
+        return self.inner(x - self.total) * self.others[0]
+
+
+def counted():
+    """A module of torch with a hook that counts."""
+    model = linear()
+    model.register_forward_hook(_count)
+    return model
+
+
+def _count(module, args, output):
+    module.calls = getattr(module, "calls", 0) + 1
+    return output / module.calls
+
+
 class CountingLoss(nn.Module):
     """A loss with a memory."""
 
@@ -125,6 +195,10 @@ def anywhere(request):
         (Listing, cross_entropy, sgd),
         (Switching, cross_entropy, sgd),
         (Replacing, cross_entropy, sgd),
+        (Sharing, cross_entropy, sgd),
+        (Locked, cross_entropy, sgd),
+        (Adding, cross_entropy, sgd),
+        (counted, cross_entropy, sgd),
         (linear, cross_entropy, hooked),
     ],
 )
@@ -156,6 +230,27 @@ def test_what_a_train_function_sets_is_gone_for_the_next_client(anywhere):
 
     aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
     assert [record.metrics["found"] for record in aggregator.run(2)] == [0.0, 0.0]
+
+
+def test_hooks_of_a_train_function_are_gone_for_the_next_client(anywhere):
+    def train(model, x, y, ctx):
+        found = len(model._forward_hooks)
+        model.register_forward_hook(_doubled)
+        return {"found": float(found)}
+
+    aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
+    assert [record.metrics["found"] for record in aggregator.run(2)] == [0.0, 0.0]
+
+
+def test_hooks_of_a_factory_are_gone_after_the_question_for_affine_steps(anywhere):
+    found = []
+    for vectorize in (False, True):
+        data = FederatedDataset(shards([12]), anywhere)
+        local = LocalTraining(cross_entropy, hooked, batch_size=None)
+        aggregator = Aggregator(linear(), data, local, vectorize=vectorize)
+        aggregator.run(2)
+        found.append(bits(aggregator.model))
+    assert found[0] == found[1]  # a single client trains alone
 
 
 def test_a_buffer_of_another_shape_is_a_failure_of_the_client(anywhere):
@@ -253,6 +348,56 @@ def test_what_is_changed_between_rounds_reaches_all_workers(anywhere, change):
 
     fresh = Aggregator(halfway, FederatedDataset(shards(SIZES), anywhere), local)
     fresh._course.round = 1  # the streams of clients are those of the second round
+    fresh.run(1)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+def test_looking_at_the_model_does_not_change_it(anywhere):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = linear(), None
+
+        def forward(self, x):
+            self.last = self.inner(x)
+            return self.last
+
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(Keeping(), data, local)
+    aggregator.run(1)
+    trainers = {name: member.trainer for name, member in aggregator._course._crew._members.items()}
+    aggregator.model.eval()
+    aggregator.model(torch.ones(2, 6))
+    aggregator.run(1)
+    now = {name: member.trainer for name, member in aggregator._course._crew._members.items()}
+    assert now.keys() == trainers.keys()
+    assert all(now[name] is trainers[name] for name in now)
+
+
+def test_a_frozen_parameter_that_was_replaced_reaches_all_workers(anywhere):
+    model = nn.Sequential(linear(classes=6), linear())
+    model[0].requires_grad_(False)
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(model, data, local)
+    aggregator.run(1)
+    weight = nn.Parameter(torch.full((6, 6), 0.5), requires_grad=False)
+    aggregator.model[0].weight = weight
+    fresh = Aggregator(aggregator.model, FederatedDataset(shards(SIZES), anywhere), local)
+    fresh._course.round = 1
+    aggregator.run(1)
+    fresh.run(1)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+def test_weights_of_a_loss_that_were_replaced_reach_all_workers(anywhere):
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(loss, sgd)
+    aggregator = Aggregator(linear(), data, local)
+    aggregator.run(1)
+    loss.weight = torch.tensor([10.0, 1.0, 1.0])
+    fresh = Aggregator(aggregator.model, FederatedDataset(shards(SIZES), anywhere), local)
+    fresh._course.round = 1
+    aggregator.run(1)
     fresh.run(1)
     assert bits(aggregator.model) == bits(fresh.model)
 
