@@ -259,7 +259,7 @@ ROUND_FAULTS = [
     "on=write frame=Value n=2 do=kill",
     "on=write frame=Value n=3 do=kill bytes=30",
     "on=write frame=Value n=2 do=cut bytes=11",
-    "on=read frame=Call n=3 do=kill",
+    "on=read frame=Compute n=2 do=kill",
     "on=read frame=Put n=4 do=eof",
     "on=write n=6 do=garbage",
 ]
