@@ -167,7 +167,7 @@ def stop_alarm():
 def test_a_signal_handler_that_raises_between_commands_does_not_end_the_worker(capfd):
     cluster = fp.Cluster(["bob"])
     bob = cluster["bob"]
-    bob.run(install_alarm, 0.003).wait()  # often: it comes in every part of the loop
+    bob.run(install_alarm, 0.005).wait()  # often: it comes in every part of the loop
     shown = ""
     deadline = time.monotonic() + 20
     while shown.count("RuntimeError: the alarm") < 5:  # while the worker is idle
