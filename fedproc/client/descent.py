@@ -132,7 +132,7 @@ class Optimizers:
         """Keeps the factory; ``keeps``: an optimizer may serve several clients."""
         self._factory = factory
         self._keeps = keeps
-        self._kind = _kind_of(factory)
+        self._kind = kind_of(factory)
         self._asked = _asked(factory)
         self._code = None if self._kind is None else _code(self._kind)
         self._kept: Optimizer | None = None
@@ -172,7 +172,7 @@ class Optimizers:
             self._kept.state.clear()
 
 
-def _kind_of(factory: object) -> type[Optimizer] | None:
+def kind_of(factory: object) -> type[Optimizer] | None:
     """Finds the class of torch that a factory is, perhaps with numbers as arguments."""
     kind: Any = factory
     if type(factory) is functools.partial:

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedproc.client.pure import ImpureError, is_constant, reads_of_module
+from fedproc.client.pure import EVERY_MODULE, ImpureError, is_constant, reads_of_module
+from fedproc.client.repeatable import hooks_of, patches_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 # parameters, buffers, parts, and hooks of all kinds
 _MEMBERS: Final = tuple(
     name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
 )
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ModuleState:
@@ -91,11 +90,8 @@ class ModuleState:
 
 
 def _stays_as_it_is(part: nn.Module) -> bool:
-    own = vars(part)
-    if any(own[name] for name in _HOOKS) or any(
-        callable(getattr(type(part), name, None)) for name in own
-    ):
-        return False  # a hook, or a method that was replaced
+    if any(hooks_of(part)) or patches_of(part):
+        return False
     if type(part).__module__.startswith("torch.nn.modules."):
         return True
     try:
@@ -106,7 +102,7 @@ def _stays_as_it_is(part: nn.Module) -> bool:
 
 
 def _attributes(part: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if name not in _EVERY_MODULE}
+    return {name: value for name, value in vars(part).items() if name not in EVERY_MODULE}
 
 
 def _moving(attributes: Mapping[str, Any], stay: Mapping[int, object]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ _ORDINARY: Final = frozenset(
     "__firstlineno__ __slotnames__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__init__".split()
 )
-_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
+EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
 
 class Read(NamedTuple):
@@ -105,7 +105,7 @@ def reads_of_module(module: nn.Module) -> list[Read]:
         raise ImpureError(f"{kind.__name__} inherits from more than nn.Module")
     own = {**module._parameters, **module._buffers, **module._modules, "training": True}
     for name, value in vars(module).items():
-        if name not in _EVERY_MODULE:
+        if name not in EVERY_MODULE:
             _require_constant(name, value)
             own[name] = None
     functions = _functions(kind)

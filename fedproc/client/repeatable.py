@@ -138,20 +138,33 @@ def _is_special(part: nn.Module) -> bool:
         return True
     if own.get("label_smoothing") and getattr(part, "weight", None) is not None:
         return True
-    return any(callable(getattr(type(part), name, None)) for name in own)
+    return bool(patches_of(part))
 
 
 def _is_changed(part: nn.Module) -> bool:
     own = vars(part)
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        any(hooks_of(part))
         or "forward" in own
         or "_compiled_call_impl" in own
         or not own["training"]
     )
+
+
+def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The hooks that run when a module is called, and on the way back."""
+    own = vars(part)
+    return (
+        own["_forward_hooks"],
+        own["_forward_pre_hooks"],
+        own["_backward_hooks"],
+        own["_backward_pre_hooks"],
+    )
+
+
+def patches_of(part: nn.Module | torch.optim.Optimizer) -> list[str]:
+    """Names of methods of the class in whose place an object has something of its own."""
+    return [name for name in vars(part) if callable(getattr(type(part), name, None))]
 
 
 def is_watched(parameter: Tensor) -> bool:

@@ -91,14 +91,18 @@ class Resident:
         Raises:
             ValueError: The model put something else in the place of a parameter or buffer.
         """
-        fill(slot, self._tensors if not self._state.is_watching else self._tensors_now())
+        # a custom function's model is known to be whole by then
+        may_differ = self._state.is_watching and not self._custom
+        fill(slot, self._tensors_now() if may_differ else self._tensors)
+
+    def _are_ours(self, found: Sequence[Sequence[Tensor]]) -> bool:
+        return all(a is b for a, b in zip(chain(*found), self._members, strict=True))
 
     def _tensors_now(self) -> list[list[Tensor]]:
         """Finds the tensors, which the model may have assigned anew."""
         try:
             found = self.layout.tensors(self.model)
-            same = all(a is b for a, b in zip(chain(*found), self._members, strict=True))
-            if same or Layout.of(self.model) == self.layout:
+            if self._are_ours(found) or Layout.of(self.model) == self.layout:
                 return found
             cause: Exception | None = None
         except (KeyError, ValueError) as error:  # one is missing, or is nothing that has a mean
@@ -130,11 +134,8 @@ class Resident:
         if self._as_it_is() == self._shape:
             return
         try:
-            same = Layout.of(self.model) == self.layout and all(
-                a is b
-                for ours, theirs in zip(self._tensors, self.layout.tensors(self.model), strict=True)
-                for a, b in zip(ours, theirs, strict=True)
-            )
+            same = Layout.of(self.model) == self.layout
+            same = same and self._are_ours(self.layout.tensors(self.model))
         except ValueError:
             same = False
         if same and self._frozen_versions() == self._versions:

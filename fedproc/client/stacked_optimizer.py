@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedproc.client.repeatable import is_watched
+from fedproc.client.descent import kind_of
+from fedproc.client.repeatable import is_watched, patches_of
 from fedproc.client.row_loss import NotVectorizableError
 from fedproc.client.stepping import step_of
 
@@ -115,6 +116,8 @@ def chosen_by(
     Raises:
         NotVectorizableError: It does something besides.
     """
+    if kind_of(factory) is not None:  # torch's own code does nothing else
+        return factory(list(parameters))
     before = _bits(parameters)
     chosen = factory(list(parameters))
     if any(map(is_watched, parameters)) or not torch.equal(_bits(parameters), before):
@@ -151,7 +154,7 @@ def _require_elementwise(optimizer: torch.optim.Optimizer) -> None:
         raise NotVectorizableError(
             "the optimizer has hooks, which would see all clients at once; use vectorize=False"
         )
-    replaced = [name for name in vars(optimizer) if callable(getattr(type(optimizer), name, None))]
+    replaced = patches_of(optimizer)
     if replaced:
         raise NotVectorizableError(
             f"{replaced[0]} of the optimizer was replaced, by a scheduler or the factory: steps of "

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fedproc.client.layout import Layout
 from fedproc.client.pure import is_constant
+from fedproc.client.repeatable import hooks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
-
-
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class GlobalModel:
@@ -83,26 +81,18 @@ class GlobalModel:
         loss = [self._loss] if isinstance(self._loss, nn.Module) else []
         frozen: list[Tensor] = [p for p in self.module.parameters() if not p.requires_grad]
         frozen += [t for part in loss for t in (*part.parameters(), *part.buffers())]
-        self._untold = _Untold(
-            [*map(id, frozen), *(tensor._version for tensor in frozen)],
-            [module for each in (self.module, *loss) for module in each.modules()],
-            frozen,
-        )
+        modules = [module for each in (self.module, *loss) for module in each.modules()]
+        self._untold = _Untold(frozen, modules)
 
 
 class _Untold:
     """What workers learn of a model and a loss only with a new trainer."""
 
-    def __init__(self, changes: list[int], modules: list[nn.Module], tensors: list[Tensor]) -> None:
-        """Notes it.
-
-        Args:
-            changes: Which tensors these are, and how often each was changed in place.
-            modules: All of the model and of the loss.
-            tensors: Kept, so that no other gets the id of one.
-        """
-        self.changes, self._tensors = changes, tensors
-        self.objects = [*modules, *(hook for module in modules for hook in _hooks(module))]
+    def __init__(self, tensors: list[Tensor], modules: list[nn.Module]) -> None:
+        """Notes frozen tensors, and the modules with what they keep."""
+        hooks = [hook for part in modules for each in hooks_of(part) for hook in each.values()]
+        self.objects = [*tensors, *modules, *hooks]
+        self.changes = [tensor._version for tensor in tensors]
         # Other attributes are not looked at: whoever calls the model may leave a result or a list
         # there, and has not changed what is to be trained.
         self.constants = {
@@ -111,11 +101,6 @@ class _Untold:
             for name, value in vars(module).items()
             if is_constant(value) and name != "training"
         }
-
-
-def _hooks(module: nn.Module) -> Iterator[object]:
-    for name in _HOOKS:
-        yield from vars(module)[name].values()
 
 
 def _are_same(before: _Untold, now: _Untold) -> bool:
