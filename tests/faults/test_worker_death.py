@@ -132,7 +132,7 @@ def test_case_06_a_stopped_worker_misses_the_deadline_and_is_replaced():
     with fp.Cluster(2, restart=True) as cluster:
         data = fp.FederatedDataset(given, cluster)
         aggregator = fp.Aggregator(
-            dropout_net(), data, fp.LocalTraining(cross_entropy, sgd), deadline=1.5
+            dropout_net(), data, fp.LocalTraining(cross_entropy, sgd), deadline=8.0
         )
         aggregator.run(1)
         stopped = data.worker_of("b")

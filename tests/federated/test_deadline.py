@@ -55,14 +55,14 @@ def test_an_endless_client_fails_and_the_others_are_folded_bit_for_bit(restart):
     # one worker per client, so nobody is queued behind the endless one
     with Cluster(["a", "b", "c", "d"], restart=restart) as cluster:
         data = FederatedDataset(shards(SIZES), cluster)
-        aggregator = Aggregator(dropout_net(), data, endless_in_round(2, "b"), deadline=5.0)
+        aggregator = Aggregator(dropout_net(), data, endless_in_round(2, "b"), deadline=10.0)
         assert aggregator.run_round().failures == {}
         before = {worker.name: worker for worker in cluster}
         late = aggregator.run_round()
         assert late.accepted == ("a", "c", "d")
         error = late.failures["b"]
         assert isinstance(error, CommandTimeoutError)
-        assert "client 'b' missed the deadline of 5 s in round 2" in str(error)
+        assert "client 'b' missed the deadline of 10 s in round 2" in str(error)
         assert "still training" in str(error)
         assert [w.name for w in cluster if w is not before[w.name]] == ["b"]
         assert all(worker.alive for worker in cluster)
@@ -78,13 +78,13 @@ def test_an_endless_client_fails_and_the_others_are_folded_bit_for_bit(restart):
 def test_clients_queued_behind_an_endless_one_are_failures():
     with Cluster(1) as cluster:
         data = FederatedDataset(shards(SIZES), cluster)
-        aggregator = Aggregator(linear(), data, endless_in_round(1, "b"), deadline=2.0)
+        aggregator = Aggregator(linear(), data, endless_in_round(1, "b"), deadline=8.0)
         record = aggregator.run_round()
         assert record.accepted == ("a",)
         texts = {client: str(error) for client, error in record.failures.items()}
         assert "still training" in texts["b"]
         assert "still queued" in texts["c"]
-        assert "client 'd' missed the deadline of 2 s" in texts["d"]
+        assert "client 'd' missed the deadline of 8 s" in texts["d"]
         assert aggregator.run_round().accepted == ("a", "b", "c", "d")
         cluster.wait()
 
