@@ -127,6 +127,12 @@ def reduction_of(losses: tuple[Loss, RowLosses], outputs: Tensor, targets: Tenso
     """
     whole = losses[0](outputs, targets).double()
     each = losses[1](outputs, targets).double()
+    if bool(whole.isfinite()) and not bool(each.isfinite().all()):
+        raise NotVectorizableError(
+            f"the loss of {len(outputs)} rows is {float(whole):.6g}, but that of some rows by "
+            "themselves is not finite: it leaves them out of its mean; drop those rows, or use "
+            "vectorize=False"
+        )
     scale = float(each.abs().sum())
     told = getattr(losses[0], "reduction", None)
     makes: dict[Reduction, Tensor] = {"mean": each.mean(), "sum": each.sum()}

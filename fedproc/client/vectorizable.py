@@ -94,10 +94,11 @@ def _refusals(module: nn.Module) -> Iterator[str]:
         yield f"{drawn}; set dropout=0, or use vectorize=False"
     if isinstance(module, nn.RNNBase):
         yield "torch.func has no rule for its kernels; use cells in a loop, or vectorize=False"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (
-        module.sparse or module.max_norm is not None
-    ):
-        yield "sparse gradients and max_norm write rows in place; use neither, or vectorize=False"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if module.sparse or module.max_norm is not None:
+            yield "sparse gradients, max_norm write rows in place; use neither, or vectorize=False"
+        if module.scale_grad_by_freq:
+            yield "scale_grad_by_freq counts the rows of a batch; leave it out, or vectorize=False"
 
 
 def try_rows(
@@ -128,6 +129,12 @@ def try_rows(
     _require_independent_rows(model, x, outputs)
     try:
         reduction = reduction_of(losses, outputs, y)
+        for fewer in (2, 3):  # a loss may ask how many rows there are
+            if reduction_of(losses, outputs[:fewer], y[:fewer]) != reduction:
+                raise NotVectorizableError(
+                    "the loss is a mean over some numbers of rows and a sum over others; "
+                    "use vectorize=False"
+                )
         weight = 1.0 / len(x) if reduction == "mean" else 1.0
         found = twice(x, y, torch.full((len(x),), weight).to(plain))
     except NotVectorizableError:
@@ -188,13 +195,19 @@ def _plain(
 
 
 def _require_independent_rows(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
-    """Raises unless an output depends on its own row only: padding must not reach the others."""
+    """Raises unless an output depends on its own row only: padding must not reach the others.
+
+    Tried with fewer rows, even and odd numbers of them, and with the rows turned round: where a row
+    stands must not matter either, since rows of several clients may be one batch.
+    """
     with torch.no_grad():
-        alone = model(x[:1])
-    if not _close(alone, outputs.detach()[:1]):
+        tried = [(model(x[:rows]), outputs[:rows]) for rows in (1, 2, 3)]
+        tried.append((model(x.flip(0)), outputs.flip(0)))
+    if not all(_close(found, expected.detach()) for found, expected in tried):
         raise NotVectorizableError(
-            "the output for a row depends on the other rows of its batch, or is drawn at random: "
-            "clients with unlike numbers of rows cannot share a padded batch; use vectorize=False"
+            "the output for a row depends on the other rows of its batch, on how many they are or "
+            "on its place among them, or is drawn at random: clients with unlike numbers of rows "
+            "cannot share a padded batch; use vectorize=False"
         )
 
 

@@ -95,7 +95,8 @@ class Cluster:
             from fedproc.cluster.supervision import Supervisor
 
             self._supervisor = Supervisor(transport, timeout, functions, self.min_rows)
-            begun.callback(self._supervisor.close)
+            for _ in range(2):  # idempotent: a second Ctrl-C may come where the first one begins
+                begun.callback(self._supervisor.close)
             started = self._supervisor.start(self._specs)
             self._workers = {worker.name: worker for worker in started}
             _open.add(self)

@@ -114,7 +114,7 @@ class Aggregator:
         strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
         self._callbacks = callables(callbacks)
-        self._global = copied(model, getattr(local, "loss", None))
+        self._global = copied(model)
         rules = Rules(
             strategy=strategy,
             weigh=weight_of(weighting),
@@ -127,7 +127,7 @@ class Aggregator:
         require_alone(vectorize, privacy, secure)
         trainer, play = how_to_play(rules, self._global.layout, size)
         rule = strategy.local_rule()
-        self._crew = Crew(data, self._global.module, local, rule, trainer, vectorize)
+        self._crew = Crew(data, self._global, local, rule, trainer, vectorize)
         self._course = Course(self._crew, self._global, rules, size, ledger, play)
         warn_of_weakness(privacy, model, len(data.clients))
 

@@ -155,7 +155,7 @@ class Course:
         """Notices what the user did to the model since the last round."""
         self._commit()  # Ctrl-C twice may have left it undone
         self.release()
-        if self._global.look_again():
+        if self._global.look_again() or self._crew.is_outdated():
             self._crew.dismiss()
 
     def release(self) -> None:

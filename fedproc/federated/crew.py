@@ -16,12 +16,13 @@ from fedproc.client.trainer import Trainer
 from fedproc.client.work import Work
 from fedproc.cluster.placing import none_left
 from fedproc.errors import NotShippableError, WorkerLostError
+from fedproc.federated.fingerprint import fingerprint
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.lane import Pace
 from fedproc.federated.stacking import Stacking
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -57,7 +58,7 @@ class Crew:
     def __init__(
         self,
         data: FederatedDataset,
-        model: nn.Module,
+        model: GlobalModel,
         local: LocalTraining | TrainFunction,
         rule: LocalRule | None,
         trainer: type[Trainer] = Trainer,
@@ -67,7 +68,7 @@ class Crew:
 
         Args:
             data: The clients and where they are.
-            model: Architecture and frozen values.
+            model: Its module has architecture and frozen values.
             local: What a client does.
             rule: The gradient correction of the strategy, or None.
             trainer: What is made in each worker.
@@ -82,8 +83,9 @@ class Crew:
         self._rule = rule
         self._trainer = trainer
         self._members: dict[str, _Member] = {}
+        self._origin: tuple[nn.Module, bytes | None] | None = None
         self.pace = Pace()
-        self.stacking = Stacking.of(vectorize, model, local, rule)
+        self.stacking = Stacking.of(vectorize, model.module, local, rule)
 
     def home(self, client: str) -> str:
         """Returns the name of the worker that trains ``client``."""
@@ -156,6 +158,23 @@ class Crew:
     def dismiss(self) -> None:
         """Forgets all trainers, so that the next ones are made from the model as it is then."""
         self._members.clear()
+        self._origin = None
+
+    def is_outdated(self) -> bool:
+        """Tells whether local training was changed since trainers were made from it."""
+        return self._origin is not None and self._origin[1] != self._fingerprint()
+
+    def _fingerprint(self) -> bytes | None:
+        return fingerprint(self.local, self._registered)
+
+    def _registered(self) -> Mapping[Any, bytes] | None:
+        return self.data.cluster.workers[0].link.registered
+
+    def _model_of_all(self) -> nn.Module:
+        """Returns the model that every trainer is made from, early or late, until the next ones."""
+        if self._origin is None:
+            self._origin = self._model.as_it_is(), self._fingerprint()
+        return self._origin[0]
 
     def _make(self, worker: Worker, holding: Holding | None, trail: Trail) -> Any:
         threads = training_threads(self.data.cluster)
@@ -165,24 +184,24 @@ class Crew:
         spans = holding.spans() if holding else {}
         # sent one by one: a call does not mix tensors from here with pointers
         try:
-            model = worker.send(self._model)
+            model = worker.send(self._model_of_all())
         except NotShippableError as error:
-            raise _unshippable(self._model, error) from error
+            raise _unshippable(self._model.module, error) from error
         plan = worker.send(work)
         # whoever has it made, an evaluation in inference mode for instance, others train with it
         with torch.inference_mode(mode=False), torch.enable_grad():
             return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
 
 
-def copied(model: nn.Module, loss: object = None) -> GlobalModel:
-    """Copies the model that is given to an aggregator, which trains it with ``loss``.
+def copied(model: nn.Module) -> GlobalModel:
+    """Copies the model that is given to an aggregator.
 
     Raises:
         NotShippableError: It holds what cannot be copied.
         ValueError: It has nothing to train, or tensors without a defined mean.
     """
     try:
-        return GlobalModel(model, loss)
+        return GlobalModel(model)
     except (ValueError, MemoryError):
         raise
     except Exception as error:

@@ -86,8 +86,9 @@ def evaluate(
         try:
             sums = _all_chunks(crew, block, rows, loss, outputs=bool(metrics))
             break
-        except WorkerLostError:
+        except WorkerLostError:  # its trainer is made again from its data
             rows.forget()
+            crew.restored()
     else:
         sums = _all_chunks(crew, block, rows, loss, outputs=bool(metrics))
     evaluation = combine(sums, len(rows.x))

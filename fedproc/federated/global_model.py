@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import TYPE_CHECKING
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedproc.client.layout import Layout
 from fedproc.client.pure import is_constant
 from fedproc.client.repeatable import hooks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+
+_FUNCTIONS: Final = (FunctionType, BuiltinFunctionType)
 
 
 class GlobalModel:
@@ -29,19 +31,14 @@ class GlobalModel:
         layout: Where its tensors lie in the flat form.
     """
 
-    def __init__(self, given: nn.Module, loss: object = None) -> None:
+    def __init__(self, given: nn.Module) -> None:
         """Copies ``given``.
-
-        Args:
-            given: The model.
-            loss: What it is trained with; a module may be changed, too.
 
         Raises:
             ValueError: It has nothing to train, or tensors without a defined mean.
         """
         self.layout = Layout.of(given)
         self.module = copy.deepcopy(given)
-        self._loss = loss
         self._look()
 
     def block(self, allocate: Callable[[int], Tensor] | None = None) -> Tensor:
@@ -61,8 +58,9 @@ class GlobalModel:
 
         Returns:
             Whether something that travels only with a new trainer was changed since the last call:
-            a frozen value, a number or hook of a module or of the loss, a module. Lists and other
-            objects that a module keeps are not looked at.
+            a frozen value, a number, function or hook of a module, a module. Lists and other
+            objects that a module keeps are not looked at, nor what is written to
+            ``parameter.data``.
 
         Raises:
             ValueError: Other parameters are trained now than at the start.
@@ -76,19 +74,28 @@ class GlobalModel:
         self._look()
         return not _are_same(before, self._untold)
 
+    def as_it_is(self) -> nn.Module:
+        """Copies the module with all that :meth:`look_again` may not notice when it is changed.
+
+        Tensors that travel with every round are shared: nobody is told their values by it.
+        """
+        shared = {id(tensor): tensor for kind in self._tensors for tensor in kind}
+        for module in self.module.modules():
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    shared.setdefault(id(value), value)  # a result that somebody left there
+        return copy.deepcopy(self.module, dict[int, Any](shared))
+
     def _look(self) -> None:
         self._tensors = self.layout.tensors(self.module)
-        loss = [self._loss] if isinstance(self._loss, nn.Module) else []
-        frozen: list[Tensor] = [p for p in self.module.parameters() if not p.requires_grad]
-        frozen += [t for part in loss for t in (*part.parameters(), *part.buffers())]
-        modules = [module for each in (self.module, *loss) for module in each.modules()]
-        self._untold = _Untold(frozen, modules)
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        self._untold = _Untold(frozen, list(self.module.modules()))
 
 
 class _Untold:
-    """What workers learn of a model and a loss only with a new trainer."""
+    """What workers learn of a model only with a new trainer."""
 
-    def __init__(self, tensors: list[Tensor], modules: list[nn.Module]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
         """Notes frozen tensors, and the modules with what they keep."""
         hooks = [hook for part in modules for each in hooks_of(part) for hook in each.values()]
         self.objects = [*tensors, *modules, *hooks]
@@ -101,12 +108,20 @@ class _Untold:
             for name, value in vars(module).items()
             if is_constant(value) and name != "training"
         }
+        self.functions = {
+            (place, name): value
+            for place, module in enumerate(modules)
+            for name, value in vars(module).items()
+            if isinstance(value, _FUNCTIONS)
+        }
 
 
 def _are_same(before: _Untold, now: _Untold) -> bool:
     if before.changes != now.changes or len(before.objects) != len(now.objects):
         return False
     if not all(map(operator.is_, before.objects, now.objects)):
+        return False
+    if before.functions != now.functions:
         return False
     both = before.constants.keys() & now.constants.keys()
     pairs = ((before.constants[key], now.constants[key]) for key in both)

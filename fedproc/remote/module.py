@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedproc.remote.calls import compute, order, part
-from fedproc.remote.object import call
+from fedproc.remote.object import call, items, kind_of_items, set_own
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.tensor import TensorPointer
 
@@ -28,21 +28,25 @@ class ModulePointer(Pointer, kind="module"):
         """True: there is a module, whether it has a length or not."""
         return True
 
-    def __getitem__(self, place: int) -> "ModulePointer":
+    def __getitem__(self, place: int) -> Any:
         """A part of an ``nn.Sequential`` or ``nn.ModuleList``; it follows when the whole moves."""
         if not isinstance(place, int):
             raise TypeError(
                 f"a part of {self!r} is taken by its number, not by {place!r}; by its name it is "
                 "an attribute: getattr(pointer, name)"
             )
-        count = len(self)
+        kind, count = kind_of_items(self), len(self)
         if not -count <= place < count:
             raise IndexError(f"{self!r} has {count} parts, and no part {place}")
-        return part(ModulePointer, self, (place % count,))
+        return part(kind, self, (place % count,))
 
-    def __iter__(self) -> Iterator["ModulePointer"]:
+    def __iter__(self) -> Iterator[Any]:
         """Pointers to the parts of an ``nn.Sequential`` or ``nn.ModuleList``."""
-        return iter([part(ModulePointer, self, (place,)) for place in range(len(self))])
+        return items(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Own slots only: nothing is set in the module behind the user's back."""
+        set_own(self, name, value)
 
     def parameters(self, recurse: bool = True) -> list[TensorPointer]:
         """Pointers to the parameters, tied ones once; they follow when the module moves."""

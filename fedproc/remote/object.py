@@ -1,12 +1,15 @@
 """ObjectPointer: a pointer to anything that is neither tensor nor module. Runs in the parent."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fedproc.remote.calls import compute, order, part, run_there, torch_function
 from fedproc.remote.facts import facts
-from fedproc.remote.operators import with_operators
+from fedproc.remote.operators import COMPARISONS, with_operators
 from fedproc.remote.pointer import KINDS, Pointer
+
+if TYPE_CHECKING:
+    from fedproc.remote.worker import Worker
 
 
 def operate_on_object(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,16 +56,16 @@ class ObjectPointer(Pointer, kind="object"):
         return int(compute("builtins.int", (self,), what="int"))
 
     def __iter__(self) -> Iterator[Any]:
-        """Pointers to the items of a sequence."""
-        told = facts(self)
-        if not told.get("sequence"):
-            raise TypeError(f"{self!r} points to a {told['type']}, which is no sequence")
-        count = len(self)
-        return iter([part(KINDS["pending"], self, (place,)) for place in range(count)])
+        """Pointers to the items of a sequence, one at a time."""
+        return items(self)
 
     def __contains__(self, value: Any) -> bool:
         """Whether the object contains ``value``."""
         return bool(compute("operator.contains", (self, value), what="in"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Own slots only: nothing is set in the object behind the user's back."""
+        set_own(self, name, value)
 
     @classmethod
     def __torch_function__(
@@ -72,6 +75,45 @@ class ObjectPointer(Pointer, kind="object"):
         return torch_function(func, args, kwargs)
 
 
+def items(whole: Pointer) -> Iterator[Any]:
+    """Pointers to the items of a sequence, each made when it is its turn.
+
+    Raises:
+        TypeError: it is no sequence.
+    """
+    kind, count = kind_of_items(whole), len(whole)  # type: ignore[arg-type]
+    return (part(kind, whole, (place,)) for place in range(count))
+
+
+def kind_of_items(whole: Pointer) -> type[Pointer]:
+    """The class of the pointers to items of a sequence.
+
+    Raises:
+        TypeError: it is no sequence.
+    """
+    told = facts(whole)
+    if not told["items"]:
+        raise TypeError(
+            f"{whole!r} points to a {told['type']}, which is no sequence: it has no items 0, 1, 2 "
+            "... that pointers could point to. Make one of it there: worker.run(list, pointer)."
+        )
+    return KINDS[told["items"]]
+
+
+def set_own(pointer: Pointer, name: str, value: Any) -> None:
+    """Set a slot of the pointer itself.
+
+    Raises:
+        AttributeError: it has none of that name.
+    """
+    if name not in Pointer.__slots__:
+        raise AttributeError(
+            f"{name!r} of {pointer!r} cannot be set through the pointer. Set it where the object "
+            f"is: worker.run(setattr, pointer, {name!r}, value)."
+        )
+    object.__setattr__(pointer, name, value)
+
+
 def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an object or module in its worker."""
     return run_there(
@@ -79,6 +121,7 @@ def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
+@with_operators(operate_on_object, comparisons=False, in_place=False)
 class Attribute(Pointer):
     """``p.name`` of an ObjectPointer: call it, get it, or use it as the pointer it stands for."""
 
@@ -137,22 +180,39 @@ class Attribute(Pointer):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self._pointer(), name)
 
-    def __getitem__(self, key: Any) -> Any:
-        """An item of the attribute's value."""
-        return self._pointer()[key]
+    def copy(self) -> Any:
+        """A second, independent remote object."""
+        return self._pointer().copy()
 
-    def __len__(self) -> int:
-        """Length of the attribute's value."""
-        return len(self._pointer())
+    def send(self, worker: "Worker") -> Any:
+        """Make a chain: ``worker`` holds a pointer to the attribute's value."""
+        return self._pointer().send(worker)
 
-    def __iter__(self) -> Iterator[Any]:
-        """Items of the attribute's value."""
-        return iter(self._pointer())
+    __hash__ = object.__hash__
 
-    def __bool__(self) -> bool:
-        """Truth of the attribute's value."""
-        return bool(self._pointer())
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch where its pointers are."""
+        return torch_function(func, args, kwargs)
 
     def __repr__(self) -> str:
         """Which attribute of what."""
         return f"<attribute {self._name} of {self._of!r}>"
+
+
+def _of_value(name: str) -> Callable[..., Any]:
+    def method(self: Attribute, *args: Any) -> Any:
+        return getattr(self._pointer(), name)(*args)
+
+    method.__name__ = name
+    method.__doc__ = f"``{name}`` of the attribute's value."
+    return method
+
+
+for _name in (
+    *("len", "iter", "contains", "bool", "float", "int"),
+    *COMPARISONS,
+):
+    setattr(Attribute, f"__{_name}__", _of_value(f"__{_name}__"))

@@ -15,7 +15,7 @@ from fedproc.worker.store import Entry
 
 
 def description(value: Any) -> dict[str, Any]:
-    """Kind, shape, dtype ... of an object."""
+    """Kind, shape, dtype ... of an object; ``items``: kind of the items of a sequence."""
     if isinstance(value, torch.Tensor):
         return {
             "kind": "tensor",
@@ -25,8 +25,19 @@ def description(value: Any) -> dict[str, Any]:
             "requires_grad": value.requires_grad,
             "is_leaf": value.is_leaf,
         }
-    kind = "module" if isinstance(value, nn.Module) else "object"
-    return {"kind": kind, "type": type_name(value), "sequence": isinstance(value, (tuple, list))}
+    kind, items = "object", "pending"
+    if isinstance(value, nn.Module):
+        kind, items = "module", "tensor" if isinstance(value, nn.ParameterList) else "module"
+    if not _is_sequence(type(value)):
+        items = ""
+    return {"kind": kind, "type": type_name(value), "items": items}
+
+
+def _is_sequence(cls: type[Any]) -> bool:
+    """Whether the items of an object have the numbers from 0 to its length."""
+    return all(hasattr(cls, name) for name in ("__len__", "__getitem__")) and not (
+        hasattr(cls, "keys")
+    )
 
 
 def told(entry: Entry) -> dict[str, Any]:
