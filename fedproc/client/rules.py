@@ -146,16 +146,18 @@ def plain_sgd_rate(optimizer: torch.optim.Optimizer) -> float:
     """Returns the rate of a plain SGD optimizer.
 
     Raises:
-        ValueError: It is another optimizer, has momentum, or has more than one rate.
+        ValueError: It is another optimizer, its steps are more than the rate times the gradient, or
+            it has more than one rate.
     """
     rates = {float(group["lr"]) for group in optimizer.param_groups}
+    more = ("momentum", "dampening", "weight_decay", "maximize")
     plain = type(optimizer) is torch.optim.SGD and not any(
-        group["momentum"] or group["maximize"] for group in optimizer.param_groups
+        group[name] for group in optimizer.param_groups for name in more
     )
     if not plain or len(rates) != 1:
         raise ValueError(
-            "Scaffold needs torch.optim.SGD without momentum and with one constant rate above 0, "
-            f"got {optimizer!r}"
+            "Scaffold needs torch.optim.SGD without momentum or weight decay, and with one "
+            f"constant rate above 0, got {optimizer!r}"
         )
     return rates.pop()
 

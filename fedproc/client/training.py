@@ -61,6 +61,8 @@ class LocalTraining:
         for name in ("loss", "optimizer"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
+        if not isinstance(self.shuffle, bool):
+            raise ValueError(f"shuffle must be True or False, got {self.shuffle!r}")
         require_at_least("epochs", self.epochs, 1)
         if self.batch_size is not None:
             require_at_least("batch_size", self.batch_size, 1)

@@ -205,9 +205,9 @@ def _require_independent_rows(model: nn.Module, x: Tensor, outputs: Tensor) -> N
         tried.append((model(x.flip(0)), outputs.flip(0)))
     if not all(_close(found, expected.detach()) for found, expected in tried):
         raise NotVectorizableError(
-            "the output for a row depends on the other rows of its batch, on how many they are or "
-            "on its place among them, or is drawn at random: clients with unlike numbers of rows "
-            "cannot share a padded batch; use vectorize=False"
+            "the output for a row depends on the other rows of its batch, or is drawn at random: "
+            "it is another one with fewer rows, or in another order. Clients with unlike numbers "
+            "of rows cannot share a padded batch; use vectorize=False"
         )
 
 

@@ -11,11 +11,17 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedproc.cluster import placing
 from fedproc.cluster.functions import functions_of
-from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
+from fedproc.errors import (
+    ClosedError,
+    CommandTimeoutError,
+    NotShippableError,
+    WorkerLostError,
+    WorkerNotFoundError,
+)
 from fedproc.memory.pages import usable_cores
 from fedproc.transport.base import Transport, WorkerSpec
 
@@ -272,6 +278,14 @@ class Cluster:
                 self.wait()
         finally:
             self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled, copied or captured, in whatever it is a part of."""
+        raise NotShippableError(
+            f"{self!r} belongs to this process: neither it nor what works with it (a dataset, an "
+            "aggregator) can be pickled, copied or captured by a function that runs in a worker. "
+            "Pass what the function needs as arguments; aggregator.save(path) keeps a run."
+        )
 
     def __repr__(self) -> str:
         """The names."""

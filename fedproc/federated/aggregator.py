@@ -28,6 +28,7 @@ from fedproc.federated.validation import (
     callables,
     require_alone,
     require_deadline,
+    require_metrics,
     require_open,
     require_parts,
     require_reachable,
@@ -223,9 +224,10 @@ class Aggregator:
 
         Raises:
             RemoteError: The model or the loss failed.
-            ValueError: There are no rows.
+            ValueError: There are no rows, or metrics without names.
         """
         require_open(self.data.cluster, "evaluate")
+        require_metrics(metrics)
         self._course.refresh()
         return evaluation.evaluate(
             self._crew, self._course.block(), EvaluationRows(data), loss, metrics

@@ -48,6 +48,17 @@ def require_functions(name: str, given: object) -> None:
             )
 
 
+def require_metrics(metrics: object) -> None:
+    """Raises ValueError unless ``metrics`` is None or maps names to functions."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        raise ValueError(
+            "metrics must be a dict of name -> function of outputs and targets, as in "
+            f'{{"errors": count_errors}}, got {_kind(metrics)}'
+        )
+
+
 def require_parts(model: object, data: object, local: object, strategy: object) -> None:
     """Checks what an aggregator is made of.
 

@@ -114,7 +114,8 @@ class PointerGroup:
         """Refuse to be pickled, and to be mixed with single pointers."""
         raise PlacementError(
             f"{self!r} has members on several workers: it can be combined with numbers and with "
-            "groups on the same workers. Use one member, group[i], with a single pointer."
+            "groups on the same workers. Use one member, group[i], with a single pointer. The "
+            "group itself cannot be pickled or copied; save group.fetch()."
         )
 
     __hash__ = object.__hash__

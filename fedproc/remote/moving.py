@@ -2,7 +2,8 @@
 
 The source exports the object into its own arena, the destination copies it from there: the bytes
 never pass through the parent. The source keeps the object until the destination has it, so that
-nothing is lost when the destination is full; what could change it meanwhile waits.
+nothing is lost when the destination is full; what could change it meanwhile waits. Where another
+thread has issued that, it finds the object gone and fails: it must not change what nobody will see.
 """
 
 import socket
@@ -40,7 +41,6 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
         told = _carry(handle, target, slot, site, copy=True)
     assert told is not None
     number, ids, cut, optimizer = told
-    source.outbox.remove(handle.oid)
     _follow(source, ids, target, slot or number, number)
     if cut:
         warn_cut("move")
@@ -77,6 +77,7 @@ def _carry(
                 return None
             number = target.submit(plain(record, "move"), site, urgent=True)
         _answer(source, target, number, attaching, kept=slot != 0)
+        source.outbox.remove_at_once(handle.oid)
     finally:
         source.give_back(borrow)
     return number, ids, cut, optimizer

@@ -28,6 +28,7 @@ BURST_COMMANDS = 64
 MOST_CODE_BYTES = 32 << 20
 """Shipped code that a worker keeps; beyond, it forgets all and is told again."""
 
+_FREE = commands.KIND[commands.Free]
 _RELEASE = commands.KIND[commands.Release]
 _BOOKKEEPING = frozenset({commands.Free, commands.Define, commands.Attach})
 
@@ -157,6 +158,14 @@ class Outbox:
         with self.lock:
             self.writes += 1  # other handles of it must ask again, and be told
             self.trash.append(oid | frames.WHOLE)
+
+    def remove_at_once(self, oid: int) -> None:
+        """The same before all that is held back: what would still write to the object fails."""
+        body = frames.with_frees((oid | frames.WHOLE,), pickle.dumps((), protocol=5))
+        with self.lock:
+            self.writes += 1
+            # number 0, as in ``release``
+            self._channel.append(frames.pack(_FREE, frames.PLAIN | frames.FREES, 0, body))
 
     def _define(self, definitions: dict[bytes, bytes]) -> None:
         new = sum(len(code) for digest, code in definitions.items() if digest not in self._shipped)

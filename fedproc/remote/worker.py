@@ -148,11 +148,12 @@ class Worker:
         Raises:
             NotShippableError: it cannot be pickled; nothing was sent.
             ArenaFullError: no shared memory left for it in this process.
-            ValueError: a pointer with ``private``, ``tags`` or ``description``.
+            ValueError: a pointer with ``private``, ``tags`` or ``description``; labels that are no
+                text.
         """
         if isinstance(obj, PointerGroup):
             raise PlacementError("a PointerGroup has a member on each of its workers: send those")
-        labels = (tags,) if isinstance(tags, str) else tuple(tags)
+        labels = _labels(tags, description)
         if issubclass(type(obj), Pointer):
             if private or labels or description:
                 raise ValueError(
@@ -255,6 +256,24 @@ class Worker:
         if self.link.end is not None:
             return f"<Worker {self.name} (gone)>"
         return f"<Worker {self.name} pid={self.pid} pending={self.link.inbox.unanswered()}>"
+
+
+def _labels(tags: Iterable[str] | str, description: str) -> tuple[str, ...]:
+    """The tags, one by one.
+
+    Raises:
+        ValueError: one of them, or the description, is no text.
+    """
+    try:
+        labels = (tags,) if isinstance(tags, str) else tuple(tags)
+    except TypeError:
+        labels = (tags,)  # type: ignore[assignment]
+    if not all(isinstance(text, str) for text in (*labels, description)):
+        raise ValueError(
+            f"tags and description are texts, not {tags!r} and {description!r}: "
+            'send(x, tags=["train", "mnist"], description="first half").'
+        )
+    return labels
 
 
 def put(

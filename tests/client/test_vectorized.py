@@ -365,6 +365,18 @@ def middling(_, out):
     return out - out.mean(0)
 
 
+def numbering(_, out):
+    return out * torch.arange(1.0, len(out) + 1)[:, None]
+
+
+def summing(_, out):
+    return out.cumsum(0)
+
+
+def beginning(_, out):
+    return out + out[:1]
+
+
 def dropping(_, out):
     return nn.functional.dropout(out, 0.5)
 
@@ -419,6 +431,9 @@ def test_losses_that_are_refused_at_sight(loss, reason):
         (counting, "writes to its buffers"),
         (branching, r"data-dependent control flow|vmap cannot run"),
         (middling, "depends on the other rows"),
+        (numbering, "depends on the other rows"),
+        (summing, "depends on the other rows"),
+        (beginning, "depends on the other rows"),
         (dropping, "depends on the other rows of its batch, or is drawn at random"),
         (pairing, "returns one tensor"),
     ],
@@ -442,6 +457,7 @@ def test_models_that_are_refused_when_they_are_tried(twist, reason):
             "neither the mean nor the sum",
         ),
         (LocalTraining(CE, torch.optim.LBFGS), "LBFGS cannot step"),
+        (LocalTraining(CE, lambda p: sgd(p[:1]), clip_grad_norm=1.0), "add up from step to step"),
         (LocalTraining(nn.CrossEntropyLoss(ignore_index=2), sgd), "some targets are 2"),
     ],
 )  # fmt: skip
@@ -489,3 +505,9 @@ def test_steps_of_a_stack_are_replayed_when_their_shapes_come_again():
     found = there._stacks._stacks._programs._found.values()
     assert found
     assert all(isinstance(program, Program) for program in found)
+
+
+def test_an_embedding_that_counts_the_rows_of_a_batch_is_refused():
+    model = nn.Sequential(nn.Embedding(4, 6, scale_grad_by_freq=True), nn.Flatten(), mlp())
+    with pytest.raises(NotVectorizableError, match="scale_grad_by_freq counts the rows"):
+        require_vectorizable(model, LocalTraining(CE, sgd), None)

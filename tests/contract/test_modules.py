@@ -298,3 +298,23 @@ def test_a_module_has_only_the_parts_that_it_has(alice):
     with pytest.raises(TypeError, match="object of type 'Linear' has no len"):
         len(single)
     assert single  # like every module
+
+
+def test_parts_are_those_of_modules_with_numbers(bob):
+    lists = bob.send(nn.ModuleList([nn.ReLU(), nn.Linear(1, 1)]))
+    assert all(isinstance(part, fp.ModulePointer) for part in lists)
+    tensors = bob.send(nn.ParameterList([torch.ones(1), torch.zeros(2)]))
+    assert [part.shape for part in tensors] == [(1,), (2,)]
+    assert isinstance(tensors[1], fp.TensorPointer)
+    for other in (nn.ModuleDict({"a": nn.ReLU()}), nn.Linear(1, 1)):
+        pointer = bob.send(other)
+        with pytest.raises(TypeError, match="which is no sequence"):
+            iter(pointer)
+        with pytest.raises(TypeError, match="which is no sequence"):
+            pointer[0]
+
+
+def test_attributes_of_a_module_are_set_where_it_is(bob):
+    model = bob.send(nn.Linear(1, 1))
+    with pytest.raises(AttributeError, match=r"worker.run\(setattr, pointer, 'weight', value\)"):
+        model.weight = bob.send(torch.zeros(1, 1))

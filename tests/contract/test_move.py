@@ -1,5 +1,7 @@
 """move: exactly one copy, on the other worker; every handle follows."""
 
+import contextlib
+import threading
 import warnings
 
 import pytest
@@ -144,3 +146,28 @@ def test_a_move_refused_in_a_borrow_leaves_nothing_behind(bob, alice, x):
             p.move(alice)
     assert (len(bob.objects), len(alice.objects)) == (1, 1)
     assert torch.equal(p.move(alice).get(), x)
+
+
+def test_no_write_of_another_thread_is_lost_silently(bob, alice):
+    """It is done before the move or after it, or fails: what stayed behind is not written to."""
+    p, accepted = bob.send(torch.zeros(1)), []
+
+    def add():
+        for _ in range(2000):
+            with contextlib.suppress(fp.ObjectGoneError):
+                p.add_(1)
+                accepted.append(1)
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    while thread.is_alive():
+        p.move(alice if p.worker is bob else bob)
+    thread.join()
+    value, failed = p.item(), 0  # asked first: all that was issued is done by then
+    for worker in (bob, alice):
+        worker.run(abs, 1).wait()
+        for _, raise_it in list(worker.link.unseen()):
+            with pytest.raises(fp.ObjectGoneError):
+                raise_it()
+            failed += 1
+    assert value + failed == len(accepted)

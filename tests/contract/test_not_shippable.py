@@ -1,5 +1,7 @@
 """What cannot be pickled is refused before anything is sent; results that cannot stay there."""
 
+import copy
+import pickle
 import sys
 import threading
 
@@ -91,3 +93,13 @@ def test_an_object_that_fails_while_it_is_unpickled(bob):
     with pytest.raises(ZeroDivisionError, match="hostile"):
         bad.get()
     assert other.item() == 1.0
+
+
+def test_a_cluster_stays_where_it_is(cluster, bob):
+    for refused in (pickle.dumps, copy.copy, copy.deepcopy, bob.send):
+        with pytest.raises(fp.NotShippableError, match="belongs to this process"):
+            refused(cluster)
+    with pytest.raises(fp.NotShippableError, match="captured by a function"):
+        bob.run(lambda: cluster.workers)
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        pickle.dumps(cluster.send(1))

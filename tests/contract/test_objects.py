@@ -1,7 +1,9 @@
 """Pointers to anything else: methods, attributes, items, truth; optimizers as objects."""
 
+import collections
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,3 +162,71 @@ def test_an_optimizer_of_pointers_elsewhere_is_refused(alice, bob):
     w = bob.send(torch.ones(1, requires_grad=True))
     with pytest.raises(fp.PlacementError):
         alice.run(torch.optim.SGD, [w], lr=0.1)
+
+
+class Squares:
+    """A sequence by its methods alone, as a map-style dataset is."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, place):
+        return place * place
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        (range(3), [0, 1, 2]),
+        ("abc", ["a", "b", "c"]),
+        (collections.deque([4, 5]), [4, 5]),
+        (np.arange(3), [0, 1, 2]),
+        (Squares(), [0, 1, 4]),
+    ],
+)
+def test_everything_that_has_numbered_items_is_iterated(bob, value, items):
+    assert [item.get() for item in bob.send(value)] == items
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {1, 2}, 7])
+def test_what_has_no_numbered_items_is_not(bob, value):
+    with pytest.raises(TypeError, match=r"is no sequence.*worker.run\(list, pointer\)"):
+        iter(bob.send(value))
+
+
+class Holder:
+    def __init__(self):
+        self.n, self.t, self.xs = 3, torch.ones(2), [1, 2]
+
+
+def test_an_attribute_is_a_pointer_to_its_value(bob, x):
+    o, pair = bob.send(Holder()), bob.send(torch.ones(2))
+    assert torch.add(pair, o.t).tolist() == [2.0, 2.0]
+    assert torch.sum(o.t).item() == 2.0
+    assert ((o.n + 1).get(), (1 + o.n).get(), (-o.n).get()) == (4, 4, -3)
+    assert (float(o.n), int(o.n), bool(o.n)) == (3.0, 3, True)
+    assert (o.t > 0).tolist() == [True, True]
+    assert 1 in o.xs
+    assert [item.get() for item in o.xs] == [1, 2]
+    assert o.xs[1].get() == 2
+    twin = o.t.copy()
+    twin.add_(1).wait()
+    assert o.t.get().tolist() == [1.0, 1.0]
+
+
+def test_an_attribute_can_be_sent_on(bob, alice):
+    chain = bob.send(Holder()).t.send(alice)
+    assert chain.worker is alice
+    assert chain.fetch().tolist() == [1.0, 1.0]
+
+
+def test_attributes_are_not_set_behind_the_users_back(bob):
+    o = bob.send(Holder())
+    with pytest.raises(AttributeError, match=r"worker.run\(setattr, pointer, 'n', value\)"):
+        o.n = 5
+    assert o.n.get() == 3
+    bob.run(setattr, o, "n", 5).wait()
+    assert o.n.get() == 5
+    later = bob.run(Holder)
+    with pytest.raises(AttributeError, match="cannot be set through the pointer"):
+        later.n = 5

@@ -73,3 +73,10 @@ def test_cluster_search_maps_names_to_pointers(cluster, alice, bob, x):
     assert {name: len(list(pointers)) for name, pointers in found.items()} == {"alice": 1, "bob": 2}
     assert [p.id for p in cluster.search("x", "train")["bob"]] == [held[0].id]
     assert cluster.search("nothing") == {}
+
+
+@pytest.mark.parametrize("labels", [{"tags": 3}, {"tags": ["a", 3]}, {"description": 3}])
+def test_labels_are_texts(bob, x, labels):
+    with pytest.raises(ValueError, match="tags and description are texts"):
+        bob.send(x, **labels)
+    assert len(bob.objects) == 0

@@ -556,3 +556,10 @@ def test_ctrl_c_at_the_end_of_no_grad_leaves_gradients_enabled(data, monkeypatch
             aggregator.run(1)
     assert torch.is_grad_enabled()
     assert len(aggregator.run(1)) == 1
+
+
+def test_metrics_have_names(data):
+    aggregator = Aggregator(linear(), data, LOCAL)
+    for metrics in (len, {"one": 1}, [len]):
+        with pytest.raises(ValueError, match="metrics must be a dict of name -> function"):
+            aggregator.evaluate((torch.zeros(2, 6), torch.zeros(2).long()), metrics=metrics)

@@ -135,6 +135,21 @@ def test_evaluation_survives_a_loss(cluster, alice):
     assert aggregator.evaluate((x, y)) == before
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_evaluation_after_rounds_survives_a_loss(restart):
+    """The trainers are made again from the rows of the lost worker, which are sent again."""
+    x, y = shards([900])["a"]
+    with Cluster(2, restart=restart) as cluster:
+        aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), cluster), LOCAL)
+        aggregator.run(1)
+        before = aggregator.evaluate((x, y))
+        cluster.workers[1].kill()
+        assert aggregator.evaluate((x, y)) == before
+        cluster.workers[0].kill() if restart else None
+        (record,) = aggregator.run(1, evaluate_on=(x, y))[1:]
+        assert record.evaluation.examples == 900
+
+
 def test_failures_of_clients_are_no_unseen_errors_of_the_cluster():
     def train(model, x, y, ctx):
         raise RuntimeError("all fail")

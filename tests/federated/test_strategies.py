@@ -345,9 +345,11 @@ def test_scaffold_averages_uniformly(inline):
         functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
         functools.partial(torch.optim.SGD, lr=0.1, maximize=True),
+        functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.1),
+        functools.partial(torch.optim.SGD, lr=0.1, dampening=0.1),
         lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}], lr=0.2),
     ],
-    ids=["adam", "momentum", "nesterov", "maximize", "two rates"],
+    ids=["adam", "momentum", "nesterov", "maximize", "decay", "dampening", "two rates"],
 )
 def test_scaffold_refuses_what_its_formula_does_not_hold_for(inline, optimizer):
     with pytest.raises(ValueError, match="SGD"):

@@ -399,3 +399,24 @@ def test_targets_that_broadcast_within_a_row_are_right(anywhere):
     data = {client: (x, x[:, :1]) for client, (x, _) in shards(SIZES).items()}
     local = LocalTraining(nn.MSELoss(), sgd, batch_size=4)
     require_same(run(anywhere, local, data=data, vectorize=True), run(anywhere, local, data=data))
+
+
+def test_targets_that_an_unknown_loss_leaves_out_are_found(anywhere):
+    data = {client: (x, y.clone()) for client, (x, y) in shards(SIZES).items()}
+    data["e"][1][0] = -100
+    local = LocalTraining(lambda o, y: nn.functional.cross_entropy(o, y), sgd, batch_size=4)
+    aggregator = Aggregator(mlp(), FederatedDataset(data, anywhere), local, vectorize=True)
+    with pytest.raises(NotVectorizableError, match="leaves them out of its mean"):
+        aggregator.run(1)
+
+
+def test_negative_targets_that_count_are_right(anywhere):
+    """As of a hinge loss."""
+    data = {client: (x, 2 * (y > 1).long() - 1) for client, (x, y) in shards(SIZES).items()}
+    local = LocalTraining(hinge, sgd, batch_size=4)
+    ours = run(anywhere, local, data=data, vectorize=True, rounds=2)
+    require_same(ours, run(anywhere, local, data=data, rounds=2))
+
+
+def hinge(outputs, targets):
+    return (1 - outputs[:, 0] * targets).clamp(min=0).mean()

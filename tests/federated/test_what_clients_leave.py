@@ -450,3 +450,152 @@ def test_a_capture_does_not_import_the_compiler():
         )
         Aggregator(linear(), data, local).run(2)
         assert cluster.workers[0].run(compilers).get() == []
+
+
+# ---------------------------------------------------------------- early and late trainers
+
+
+class Factory:
+    rate = 0.1
+
+    def __call__(self, parameters):
+        return torch.optim.SGD(parameters, lr=self.rate)
+
+
+def halve_keyword(aggregator):
+    aggregator.local.optimizer.keywords["lr"] *= 0.5
+
+
+def halve_attribute(aggregator):
+    aggregator.local.optimizer.rate *= 0.5
+
+
+def double_class_weight(aggregator):
+    aggregator.local.loss.weight.data.mul_(torch.tensor([2.0, 1.0, 1.0]))
+
+
+def weighted():
+    return nn.CrossEntropyLoss(weight=torch.ones(3))
+
+
+def keyword():
+    return functools.partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer", "change"),
+    [
+        (nn.CrossEntropyLoss, keyword, halve_keyword),
+        (nn.CrossEntropyLoss, Factory, halve_attribute),
+        (weighted, keyword, double_class_weight),
+    ],
+)
+def test_local_training_that_is_changed_between_rounds_is_changed_for_all(
+    anywhere, loss, optimizer, change
+):
+    data, local = FederatedDataset(shards(SIZES), anywhere), LocalTraining(loss(), optimizer())
+    aggregator = Aggregator(linear(), data, local)
+    aggregator.run(1)
+    halfway = copy.deepcopy(aggregator.model)
+    change(aggregator)
+    aggregator.run(1)
+
+    fresh = Aggregator(halfway, FederatedDataset(shards(SIZES), anywhere), copy.deepcopy(local))
+    fresh._course.round = 1  # the streams of clients are those of the second round
+    fresh.run(1)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+def test_a_global_of_the_factory_that_is_changed_is_changed_for_all():
+    scope = {"torch": torch, "RATES": {"lr": 0.1}}  # by value, as code of a notebook travels
+    exec("def factory(p): return torch.optim.SGD(p, lr=RATES['lr'])", scope)
+    found = []
+    for workers in (1, 2):
+        scope["RATES"]["lr"] = 0.1
+        with Cluster(workers) as cluster:
+            data = FederatedDataset(shards(SIZES), cluster)
+            local = LocalTraining(cross_entropy, scope["factory"])
+            aggregator = Aggregator(linear(), data, local, clients_per_round=1)
+            for _ in range(4):
+                aggregator.run(1)
+                scope["RATES"]["lr"] *= 0.5
+        found.append(bits(aggregator.model))
+    assert found[0] == found[1]
+
+
+class Scaled(nn.Module):
+    """Keeps what workers are told once: a frozen value, a list, a plain tensor, a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.frozen = nn.Parameter(torch.ones(6), requires_grad=False)
+        self.list, self.tensor, self.act = [1.0], torch.ones(6), torch.relu
+
+    def forward(self, x):
+        return self.act(self.inner(x * self.frozen * self.list[0] * self.tensor))
+
+
+def write_past_autograd(model):
+    model.frozen.data.mul_(0.5)
+
+
+def change_list(model):
+    model.list[0] *= 0.5
+
+
+def change_tensor(model):
+    model.tensor.mul_(0.5)
+
+
+def change_function(model):
+    model.act = torch.tanh
+
+
+def add_attribute(model):
+    model.extra = 2.0
+
+
+@pytest.mark.parametrize(
+    "change", [write_past_autograd, change_list, change_tensor, change_function, add_attribute]
+)
+def test_trainers_that_are_made_late_are_like_the_others(change):
+    """Noticed or not: the number of workers, and whether one is lost, must not decide."""
+    found = []
+    for workers, loses in ((1, False), (2, False), (2, True)):
+        with Cluster(workers, restart=True) as cluster:
+            data = FederatedDataset(shards(SIZES), cluster)
+            aggregator = Aggregator(
+                Scaled(), data, LocalTraining(cross_entropy, sgd), clients_per_round=1
+            )
+            for _ in range(4):
+                aggregator.run(1)
+                change(aggregator.model)
+                if loses:
+                    cluster.workers[0].kill()
+                    loses = False
+        found.append(bits(aggregator.model))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_function_of_the_model_that_was_replaced_reaches_all_workers(anywhere):
+    local = LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(Scaled(), FederatedDataset(shards(SIZES), anywhere), local)
+    aggregator.run(1)
+    change_function(aggregator.model)
+    fresh = Aggregator(aggregator.model, FederatedDataset(shards(SIZES), anywhere), local)
+    fresh._course.round = 1
+    aggregator.run(1)
+    fresh.run(1)
+    assert bits(aggregator.model) == bits(fresh.model)
+
+
+def test_local_training_that_stays_keeps_its_trainers(anywhere):
+    data = FederatedDataset(shards(SIZES), anywhere)
+    local = LocalTraining(weighted(), lambda parameters: sgd(parameters))
+    aggregator = Aggregator(linear(), data, local)
+    aggregator.run(1)
+    before = {name: member.trainer for name, member in aggregator._course._crew._members.items()}
+    aggregator.run(1)
+    now = {name: member.trainer for name, member in aggregator._course._crew._members.items()}
+    assert all(now[name] is before[name] for name in before)
