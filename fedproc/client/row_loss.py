@@ -7,7 +7,7 @@ padded batch needs the rows apart: its loss is their sum with weights, where pad
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
@@ -77,6 +77,28 @@ def ignored_target(loss: Loss) -> int | None:
     return loss.ignore_index if isinstance(loss, _NORMALISED) else None
 
 
+def require_counted(loss: Loss, y: Tensor) -> None:
+    """Raises NotVectorizableError if a loss is known to leave some targets out of its mean."""
+    ignored = ignored_target(loss)
+    if ignored is not None and not y.is_floating_point() and bool((y == ignored).any()):
+        raise NotVectorizableError(
+            f"some targets are {ignored}, which {type(loss).__name__} leaves out of its mean: it "
+            "is no mean of the losses of the rows; drop those rows, or use vectorize=False"
+        )
+
+
+def unusual_targets(y: Tensor, tried: Collection[int]) -> dict[int, int]:
+    """Finds targets that a loss may leave out of its mean, and were not tried yet.
+
+    Returns:
+        Negative class -> a row that has it.
+    """
+    if y.is_floating_point() or y.ndim != 1 or not bool((y < 0).any()):
+        return {}
+    found = {int(y[row]): row for row in torch.nonzero(y < 0).flatten().tolist()}
+    return {target: found[target] for target in sorted(found.keys() - set(tried))}
+
+
 def row_losses(loss: Loss) -> RowLosses:
     """Makes a function of outputs (rows, ...) and targets (rows, ...) -> losses (rows,).
 
@@ -114,13 +136,19 @@ def _per_row(losses: Tensor, *, mean: bool) -> Tensor:
     return flat.mean(1) if mean else flat.sum(1)
 
 
-def reduction_of(losses: tuple[Loss, RowLosses], outputs: Tensor, targets: Tensor) -> Reduction:
+def reduction_of(
+    losses: tuple[Loss, RowLosses],
+    outputs: Tensor,
+    targets: Tensor,
+    wanted: Reduction | None = None,
+) -> Reduction:
     """Finds out whether a loss is the mean or the sum of the losses of its rows.
 
     Args:
         losses: The loss as given, and what :func:`row_losses` made of it.
         outputs: Of some rows, at least two.
         targets: Of the same rows.
+        wanted: What it was for other rows; None: nothing is known yet.
 
     Raises:
         NotVectorizableError: It is neither, on these rows.
@@ -134,7 +162,7 @@ def reduction_of(losses: tuple[Loss, RowLosses], outputs: Tensor, targets: Tenso
             "vectorize=False"
         )
     scale = float(each.abs().sum())
-    told = getattr(losses[0], "reduction", None)
+    told = wanted or getattr(losses[0], "reduction", None)
     makes: dict[Reduction, Tensor] = {"mean": each.mean(), "sum": each.sum()}
     for reduction, value in makes.items():
         if told in (None, reduction) and not abs(float(whole - value)) > 1e-5 * scale:

@@ -19,7 +19,7 @@ from fedproc.client.stepping import step_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fedproc.client.training import OptimizerFactory
+    from fedproc.client.training import LocalTraining, OptimizerFactory
 
 _ELEMENTWISE: Final = (
     torch.optim.ASGD,
@@ -126,6 +126,21 @@ def chosen_by(
             "clients do not share; use vectorize=False"
         )
     return chosen
+
+
+def require_clippable(
+    local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> None:
+    """Raises NotVectorizableError if a norm to clip has gradients that nobody sets to zero."""
+    if local.clip_grad_norm is None:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not all(id(parameter) in stepped for parameter in parameters):
+        raise NotVectorizableError(
+            "clip_grad_norm measures all gradients, and those of parameters that the optimizer "
+            "does not step add up from step to step: freeze these parameters, or use "
+            "vectorize=False"
+        )
 
 
 def _bits(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -130,11 +130,7 @@ def try_rows(
     try:
         reduction = reduction_of(losses, outputs, y)
         for fewer in (2, 3):  # a loss may ask how many rows there are
-            if reduction_of(losses, outputs[:fewer], y[:fewer]) != reduction:
-                raise NotVectorizableError(
-                    "the loss is a mean over some numbers of rows and a sum over others; "
-                    "use vectorize=False"
-                )
+            reduction_of(losses, outputs[:fewer], y[:fewer], wanted=reduction)
         weight = 1.0 / len(x) if reduction == "mean" else 1.0
         found = twice(x, y, torch.full((len(x),), weight).to(plain))
     except NotVectorizableError:

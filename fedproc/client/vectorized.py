@@ -25,14 +25,15 @@ from fedproc.client.orders import Orders, first_batches
 from fedproc.client.repeatable import Repeatable
 from fedproc.client.row_loss import (
     NotVectorizableError,
-    ignored_target,
+    require_counted,
     row_losses,
+    unusual_targets,
 )
 from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
 from fedproc.client.shards import Shards
 from fedproc.client.single_step import SharedStep, is_affine, is_sound
-from fedproc.client.stacked_optimizer import StackedOptimizer, chosen_by
+from fedproc.client.stacked_optimizer import StackedOptimizer, chosen_by, require_clippable
 from fedproc.client.stacked_rules import stacked_correction
 from fedproc.client.update import NO_BLOCK, Task, Update, weights_of
 from fedproc.client.vectorizable import stack_size, try_rows
@@ -130,7 +131,7 @@ class Stacks:
         anchor = self._anchor()
         values = anchor.repeat(len(states), 1)
         chosen = chosen_by(self._local.optimizer, self._parameters)
-        self._require_clippable(chosen)
+        require_clippable(self._local, chosen, self._parameters)
         optimizer = StackedOptimizer(chosen, self._parameters, values)
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, anchor, shared, known)
@@ -146,18 +147,6 @@ class Stacks:
         done = sorted(columns, key=itemgetter(0))
         updates = _updates(shards.sizes, [row[1:] for row in done], chosen)
         return Trained(updates, orders.as_given(values), _failures(orders, losses))
-
-    def _require_clippable(self, chosen: torch.optim.Optimizer) -> None:
-        """Raises if the norm that is clipped has gradients in it that nobody sets to zero."""
-        if self._local.clip_grad_norm is None:
-            return
-        stepped = {id(parameter) for group in chosen.param_groups for parameter in group["params"]}
-        if not all(id(parameter) in stepped for parameter in self._parameters):
-            raise NotVectorizableError(
-                "clip_grad_norm measures all gradients, and those of parameters that the optimizer "
-                "does not step add up from step to step: freeze these parameters, or use "
-                "vectorize=False"
-            )
 
     def _walk(
         self, orders: Orders, shards: Shards, values: Tensor, losses: Tensor, *, mean: bool
@@ -238,8 +227,8 @@ class Stacks:
         """Tries model and loss before the first stack; returns whether the loss is a mean."""
         special: dict[int, int] = {}
         if self._looked_at is not shards.y:
-            self._require_counted(shards.y)
-            special = self._special(shards.y)
+            require_counted(self._local.loss, shards.y)
+            special = unusual_targets(shards.y, self._tried_targets)
         if self._mean is None or special:
             local = self._local.loss, self._row_losses
             rows = shards.some(_TRIED_ROWS, also=list(special.values()))
@@ -248,28 +237,6 @@ class Stacks:
             self._tried_targets.update(special)
         self._looked_at = shards.y
         return self._mean
-
-    def _require_counted(self, y: Tensor) -> None:
-        """Raises if the loss is known to leave some of these targets out of its mean."""
-        ignored = ignored_target(self._local.loss)
-        if ignored is not None and not y.is_floating_point() and bool((y == ignored).any()):
-            raise NotVectorizableError(
-                f"some targets are {ignored}, which {type(self._local.loss).__name__} leaves "
-                "out of its mean: it is no mean of the losses of the rows; drop those rows, "
-                "or use vectorize=False"
-            )
-
-    def _special(self, y: Tensor) -> dict[int, int]:
-        """Finds targets that a loss may leave out of its mean, and were not tried yet.
-
-        Returns:
-            Negative class -> a row that has it.
-        """
-        if y.is_floating_point() or y.ndim != 1 or not bool((y < 0).any()):
-            return {}
-        found = {int(y[row]): row for row in torch.nonzero(y < 0).flatten().tolist()}
-        new = sorted(found.keys() - self._tried_targets)
-        return {target: found[target] for target in new[:_TRIED_ROWS]}
 
     def _twice(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """Returns the gradients of two equal clients: (2, parameters)."""

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedproc.cluster import placing
 from fedproc.cluster.functions import functions_of
-from fedproc.errors import (
-    ClosedError,
-    CommandTimeoutError,
-    NotShippableError,
-    WorkerLostError,
-    WorkerNotFoundError,
-)
+from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
 from fedproc.memory.pages import usable_cores
 from fedproc.transport.base import Transport, WorkerSpec
 
@@ -281,11 +275,7 @@ class Cluster:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be pickled, copied or captured, in whatever it is a part of."""
-        raise NotShippableError(
-            f"{self!r} belongs to this process: neither it nor what works with it (a dataset, an "
-            "aggregator) can be pickled, copied or captured by a function that runs in a worker. "
-            "Pass what the function needs as arguments; aggregator.save(path) keeps a run."
-        )
+        raise placing.not_shippable(self)
 
     def __repr__(self) -> str:
         """The names."""

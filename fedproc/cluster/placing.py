@@ -10,7 +10,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedproc.errors import ClosedError, FedprocError, WorkerLostError
+from fedproc.errors import ClosedError, FedprocError, NotShippableError, WorkerLostError
 from fedproc.memory.pages import usable_cores
 from fedproc.transport.base import Transport
 from fedproc.transport.inline import InlineTransport
@@ -151,6 +151,15 @@ def dealt(devices: Iterable[Any] | None) -> Iterator[str]:
     if not names:
         raise ValueError("the list of devices is empty; leave it out, and workers use the CPU")
     return itertools.cycle(names)
+
+
+def not_shippable(cluster: "Cluster") -> NotShippableError:
+    """For whoever pickles or copies a cluster, or what works with it."""
+    return NotShippableError(
+        f"{cluster!r} belongs to this process: neither it nor what works with it (a dataset, an "
+        "aggregator) can be pickled, copied or captured by a function that runs in a worker. Pass "
+        "what the function needs as arguments; aggregator.save(path) keeps a run."
+    )
 
 
 def closed_error(doing: str) -> ClosedError:

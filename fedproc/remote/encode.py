@@ -7,7 +7,7 @@ silently.
 
 import pickle
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -265,3 +265,21 @@ def _flat(
         else:
             return None
     return None if link is None else (link, tuple(found), places)
+
+
+def labels_of(tags: Iterable[str] | str, description: str) -> tuple[str, ...]:
+    """The tags, one by one.
+
+    Raises:
+        ValueError: one of them, or the description, is no text.
+    """
+    try:
+        labels = (tags,) if isinstance(tags, str) else tuple(tags)
+    except TypeError:
+        labels = (tags,)  # type: ignore[assignment]
+    if not all(isinstance(text, str) for text in (*labels, description)):
+        raise ValueError(
+            f"tags and description are texts, not {tags!r} and {description!r}: "
+            'send(x, tags=["train", "mnist"], description="first half").'
+        )
+    return labels

@@ -164,7 +164,6 @@ class Outbox:
         body = frames.with_frees((oid | frames.WHOLE,), pickle.dumps((), protocol=5))
         with self.lock:
             self.writes += 1
-            # number 0, as in ``release``
             self._channel.append(frames.pack(_FREE, frames.PLAIN | frames.FREES, 0, body))
 
     def _define(self, definitions: dict[bytes, bytes]) -> None:

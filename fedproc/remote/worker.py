@@ -9,7 +9,7 @@ from torch import nn
 
 from fedproc.errors import PlacementError
 from fedproc.remote.calls import run_there
-from fedproc.remote.encode import Outgoing, sent_as
+from fedproc.remote.encode import Outgoing, labels_of, sent_as
 from fedproc.remote.group import PointerGroup
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
@@ -153,7 +153,7 @@ class Worker:
         """
         if isinstance(obj, PointerGroup):
             raise PlacementError("a PointerGroup has a member on each of its workers: send those")
-        labels = _labels(tags, description)
+        labels = labels_of(tags, description)
         if issubclass(type(obj), Pointer):
             if private or labels or description:
                 raise ValueError(
@@ -256,24 +256,6 @@ class Worker:
         if self.link.end is not None:
             return f"<Worker {self.name} (gone)>"
         return f"<Worker {self.name} pid={self.pid} pending={self.link.inbox.unanswered()}>"
-
-
-def _labels(tags: Iterable[str] | str, description: str) -> tuple[str, ...]:
-    """The tags, one by one.
-
-    Raises:
-        ValueError: one of them, or the description, is no text.
-    """
-    try:
-        labels = (tags,) if isinstance(tags, str) else tuple(tags)
-    except TypeError:
-        labels = (tags,)  # type: ignore[assignment]
-    if not all(isinstance(text, str) for text in (*labels, description)):
-        raise ValueError(
-            f"tags and description are texts, not {tags!r} and {description!r}: "
-            'send(x, tags=["train", "mnist"], description="first half").'
-        )
-    return labels
 
 
 def put(
