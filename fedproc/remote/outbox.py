@@ -61,10 +61,9 @@ class Borrow:
         """What is read does not change: writes need not wait, but the blocks are still in use."""
         self.writable = True
 
-    def end(self) -> bool:
-        """Nothing is read any more; whether it was."""
-        was, self._outbox = self._outbox is not None, None
-        return was
+    def end(self) -> None:
+        """Nothing is read any more."""
+        self._outbox = None
 
     def __del__(self) -> None:
         """An interrupt took away whoever would have ended it: leave a note, as all finalizers."""
@@ -233,9 +232,10 @@ class Outbox:
 
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
-        query = borrow.query
-        if borrow.end() and borrow.exported:
-            self.release(query)
+        if borrow._outbox is not None:
+            if borrow.exported:  # first: Ctrl-C in between releases twice, which does no harm
+                self.release(borrow.query)
+            borrow.end()
         self.go_on()
 
     def go_on(self) -> None:
