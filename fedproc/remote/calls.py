@@ -162,3 +162,16 @@ def torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     if name.endswith(".__get__") and args and is_pointer(args[0]):
         return getattr(args[0], name.split(".")[1])
     return operate(name, args, kwargs)
+
+
+class Operand(Pointer):
+    """A pointer that functions of torch take."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch where its pointers are."""
+        return torch_function(func, args, kwargs)

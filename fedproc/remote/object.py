@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedproc.remote.calls import compute, order, part, run_there, torch_function
+from fedproc.remote.calls import Operand, compute, order, part, run_there
 from fedproc.remote.facts import facts
 from fedproc.remote.operators import COMPARISONS, with_operators
 from fedproc.remote.pointer import KINDS, Pointer
@@ -20,7 +20,7 @@ def operate_on_object(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @with_operators(operate_on_object, comparisons=False, in_place=False)
-class ObjectPointer(Pointer, kind="object"):
+class ObjectPointer(Operand, kind="object"):
     """A pointer to an object.
 
     ``p.name(...)`` calls a method in the worker, ``p.name.get()`` brings an attribute home. The
@@ -66,13 +66,6 @@ class ObjectPointer(Pointer, kind="object"):
     def __setattr__(self, name: str, value: Any) -> None:
         """Own slots only: nothing is set in the object behind the user's back."""
         set_own(self, name, value)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch where its pointers are."""
-        return torch_function(func, args, kwargs)
 
 
 def items(whole: Pointer) -> Iterator[Any]:
@@ -122,7 +115,7 @@ def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @with_operators(operate_on_object, comparisons=False, in_place=False)
-class Attribute(Pointer):
+class Attribute(Operand):
     """``p.name`` of an ObjectPointer: call it, get it, or use it as the pointer it stands for."""
 
     __slots__ = ("_made", "_name", "_of")
@@ -189,13 +182,6 @@ class Attribute(Pointer):
         return self._pointer().send(worker)
 
     __hash__ = object.__hash__
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch where its pointers are."""
-        return torch_function(func, args, kwargs)
 
     def __repr__(self) -> str:
         """Which attribute of what."""

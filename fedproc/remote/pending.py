@@ -8,7 +8,7 @@ the pointer *becomes* one of its kind: the class of the very object changes.
 from collections.abc import Iterator
 from typing import Any
 
-from fedproc.remote.calls import order, run_there, torch_function
+from fedproc.remote.calls import Operand, order, run_there
 from fedproc.remote.facts import facts
 from fedproc.remote.object import call
 from fedproc.remote.operators import BINARY, COMPARISONS, with_operators
@@ -24,7 +24,7 @@ def _operate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @with_operators(_operate, comparisons=False, in_place=False)
-class PendingPointer(Pointer, kind="pending"):
+class PendingPointer(Operand, kind="pending"):
     """A pointer that does not know yet what it points to."""
 
     __slots__ = ()
@@ -88,13 +88,6 @@ class PendingPointer(Pointer, kind="pending"):
         return int(self._resolved().__index__())
 
     __hash__ = object.__hash__
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch where its pointers are."""
-        return torch_function(func, args, kwargs)
 
 
 def _comparison(name: str) -> Any:

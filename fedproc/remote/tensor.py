@@ -11,7 +11,7 @@ import torch
 
 from fedproc.errors import PlacementError
 from fedproc.remote import reading
-from fedproc.remote.calls import compute, operate, order, part, run_there, torch_function
+from fedproc.remote.calls import Operand, compute, operate, order, part, run_there
 from fedproc.remote.facts import facts
 from fedproc.remote.operations import REFUSED, TENSOR_METHODS, TENSOR_PROPERTIES
 from fedproc.remote.operators import with_operators
@@ -19,7 +19,7 @@ from fedproc.remote.pointer import Pointer
 
 
 @with_operators(operate)
-class TensorPointer(Pointer, kind="tensor"):
+class TensorPointer(Operand, kind="tensor"):
     """A pointer to a tensor.
 
     Operators, indexing, every method of ``torch.Tensor`` and every function of ``torch`` run
@@ -178,13 +178,6 @@ class TensorPointer(Pointer, kind="tensor"):
         return (operate("operator.getitem", (self, row), {}) for row in range(count))
 
     __hash__ = object.__hash__
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch where its pointers are."""
-        return torch_function(func, args, kwargs)
 
 
 def _method(name: str) -> Callable[..., Any]:
