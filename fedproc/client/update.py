@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fedproc.memory.records import travels_as_record
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -172,3 +174,6 @@ class Updates(NamedTuple):
         for place, state in self.states.items():
             cast("Update", updates[place]).state = state
         return updates
+
+
+travels_as_record(Updates, lambda updates: not updates.states)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from fedproc.client.update import pack_tasks
-from fedproc.federated.passing import call_there, send_along
+from fedproc.federated.passing import ALONG_BYTES, call_there, send_along
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from fedproc.federated.crew import Crew
     from fedproc.federated.lane import Lane
     from fedproc.federated.passing import Promise
-
-
-# A model of this size goes with the first command of a round: sending it by itself, as an object
-# of the worker, takes as long as training several rows.
-_ALONG_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +72,7 @@ class Commands:
     def _sent(self, name: str, lane: Lane) -> tuple[Any, Any]:
         """Returns what a command says of the model, and of what the strategy sends besides."""
         block, shared = self._broadcast.block, self._broadcast.shared
-        is_small = len(block) <= _ALONG_BYTES and not shared
+        is_small = len(block) <= ALONG_BYTES and not shared
         if lane.sent is None and is_small and name not in self._along:
             self._along.add(name)
             return block.numpy().tobytes(), None

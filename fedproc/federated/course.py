@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from fedproc.federated.secure_aggregation import Play
     from fedproc.federated.strategies import State
     from fedproc.federated.timeline import Timeline
+
+# The first draw in a while takes ten times as long as the next: its code is in no cache any more.
+_DRAWN_TOGETHER: Final = 8
 
 
 class Course:
@@ -64,7 +67,7 @@ class Course:
         self.ledger, self._play = ledger, play
         self.history = History()
         self._made: tuple[Start, Outcome, RoundRecord] | None = None  # not taken over yet
-        self._ahead: tuple[int, tuple[str, ...]] | None = None  # a round, and its cohort
+        self._ahead: dict[int, tuple[str, ...]] = {}  # rounds to come, and their cohorts
         self._block: Tensor | None = None  # what the model holds, if nobody can have changed it
         self._allocate = partial(readable, crew.data.cluster)
 
@@ -181,10 +184,11 @@ class Course:
         clients = self._crew.data.clients
         if self.ledger is not None:
             return self.ledger.draw(clients)
-        if self._ahead is None or self._ahead[0] != number:
-            cohort = draw_cohort(clients, self._cohort_size, self._rules.seed, number)
-            self._ahead = number, cohort
-        return self._ahead[1]
+        if number not in self._ahead:
+            size, seed = self._cohort_size, self._rules.seed
+            rounds = range(number, number + _DRAWN_TOGETHER)
+            self._ahead = {later: draw_cohort(clients, size, seed, later) for later in rounds}
+        return self._ahead[number]
 
     def _look_ahead(self) -> None:
         """Draws the next cohort; a private one is drawn when the round before was accounted for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fedproc.errors import FedprocError
 from fedproc.memory.copying import fresh
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from fedproc.remote.link import Link
     from fedproc.remote.outbox import Borrow
     from fedproc.remote.worker import Worker
+
+
+ALONG_BYTES: Final = 64 << 10
+"""A model of this size goes with the first command of a round: sending it by itself, as an object
+of the worker, takes as long as training several rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,9 +57,12 @@ class Promise:
 def readable(cluster: Cluster, nbytes: int) -> Tensor:
     """Allocates memory (uint8, 1-d, uninitialised) that all workers read where it is.
 
-    Sending it copies nothing in this process. It may not be written to once it was sent.
+    Sending it copies nothing in this process. It may not be written to once it was sent. What goes
+    along with a command is ordinary memory.
     """
-    return fresh(nbytes) if cluster.closed else room_in(cluster._supervisor.arena, nbytes)
+    if nbytes <= ALONG_BYTES or cluster.closed:
+        return fresh(nbytes)
+    return room_in(cluster._supervisor.arena, nbytes)
 
 
 def send_along(worker: Worker, value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from fedproc.errors import NotShippableError, attributes, remote_error
 from fedproc.memory.arena import Block
 from fedproc.memory.copying import fresh
+from fedproc.memory.records import put_together
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
@@ -174,6 +175,9 @@ def _decode(link: Link, what: str, flags: int, body: Any, load: Load = _copied) 
     """
     if flags & frames.PLAIN:
         return body
+    if flags & frames.RECORD:
+        name, place, dtype, shape, rest = body
+        return put_together(name, load(link, place).view(dtype).view(shape), rest)
     stream = io.BytesIO(body)
     tensors: list[torch.Tensor] = []
     if flags & frames.HAS_TENSORS:

@@ -34,6 +34,8 @@ WHOLE = 1 << 63
 
 EXPORTED = 32
 """Flag of an answer: its blocks are held until ``Release``."""
+RECORD = 64
+"""Flag of an answer: a record: its name, place, dtype and shape of its tensor, plain values."""
 
 _pack_header = HEADER.pack
 _COUNT = struct.Struct("<H")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedproc.memory.records import taken_apart
 from fedproc.memory.tensors import Exporter
 from fedproc.wire import commands, frames
 from fedproc.wire.frames import Frame
@@ -153,12 +154,21 @@ def _answer(host: Host, sequence: int, value: Any, *more: Any) -> int:
     if type(value) in _PLAIN:
         host.reply(commands.Value((frames.PLAIN, value, *more)), sequence)
         return 0
-    flags, body, exporter = host.encode(value)
+    record = taken_apart(value)
+    flags, body, exporter = host.encode(value) if record is None else _record(host, *record)
     if exporter.exported:
         host.exports[sequence] = exporter
         flags |= frames.EXPORTED
-    host.reply(commands.Value((flags, body, *more)), sequence)
-    return len(body) + exporter.nbytes
+    return host.reply(commands.Value((flags, body, *more)), sequence) + exporter.nbytes
+
+
+def _record(
+    host: Host, name: str, tensor: torch.Tensor, rest: tuple[Any, ...]
+) -> tuple[int, Any, Exporter]:
+    """What ``Host.encode`` gives, of a record: see ``memory.records``."""
+    exporter = Exporter(host.arena)
+    place = exporter(tensor, tensor.stride())
+    return frames.RECORD, (name, place, tensor.dtype, tuple(tensor.shape), rest), exporter
 
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:

@@ -204,10 +204,11 @@ class Host:
         moved.copy_(tensor.detach())
         tensor.data = moved
 
-    def reply(self, record: Any, sequence: int) -> None:
-        """Queue a reply."""
+    def reply(self, record: Any, sequence: int) -> int:
+        """Queue a reply; its bytes."""
         body = pickle.dumps(tuple(record), protocol=5)
         self.channel.append(frames.pack(KIND[type(record)], frames.PLAIN, sequence, body))
+        return len(body)
 
     # ---- other arenas
 
