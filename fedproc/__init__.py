@@ -92,7 +92,8 @@ _NAMES = {
     "federated.strategies": """FedAdagrad FedAdam FedAvg FedAvgM FedNova FedProx FedYogi
         GeometricMedian Krum Median Scaffold TrimmedMean""",
     "remote.completed": "as_completed",
-    "remote.group": "PointerGroup gather group",
+    "remote.gathering": "gather",
+    "remote.group": "PointerGroup group",
     "remote.hook": "hook_torch unhook_torch",
     "remote.module": "ModulePointer",
     "remote.object": "ObjectPointer",

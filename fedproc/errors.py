@@ -1,4 +1,4 @@
-"""Every error fedproc raises. Used in parent and worker processes; imports nothing of fedproc.
+"""Every error fedproc raises. Used in parent and worker processes.
 
 ::
 
@@ -32,12 +32,11 @@ import functools
 import pickle
 import threading
 from signal import Signals
-from typing import Any, TypeVar
+from typing import Any
 
-_E = TypeVar("_E", bound=BaseException)
+from fedproc.remade import ARGS, attributes, filled, restored
+
 _GROUP: type = getattr(builtins, "ExceptionGroup", type(None))  # of Python 3.11
-_ARGS, _DICT = vars(BaseException)["args"], vars(BaseException)["__dict__"]
-"""The real ones: an original's class may have properties of these names."""
 
 
 class FedprocError(Exception):
@@ -45,11 +44,11 @@ class FedprocError(Exception):
 
     def __str__(self) -> str:
         """The message alone (a KeyError would show its repr)."""
-        return str((*_ARGS.__get__(self), "")[0])
+        return str((*ARGS.__get__(self), "")[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by class, arguments and attributes, without calling ``__init__`` again."""
-        return _reduced(self, _restore, type(self))
+        return _reduced(self, restored, type(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The same: a way of the original's class would make an original."""
@@ -57,18 +56,18 @@ class FedprocError(Exception):
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
         """Set the attributes that were pickled."""
-        _filled(self, state or {})
+        filled(self, state or {})
 
     def __copy__(self) -> "FedprocError":
         """Of the same class, also where that does not pickle."""
-        return _filled(_restore(type(self), _ARGS.__get__(self)), attributes(self))
+        return filled(restored(type(self), ARGS.__get__(self)), attributes(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FedprocError":
         """As ``copy``, with copies of the attributes; what has none (a lock) is shared."""
         memo[id(self)] = twin = copy.copy(self)
         for name, value in attributes(self).items():
             with contextlib.suppress(Exception):
-                _filled(twin, {name: copy.deepcopy(value, memo)})
+                filled(twin, {name: copy.deepcopy(value, memo)})
         return twin
 
 
@@ -127,10 +126,8 @@ class WorkerLostError(FedprocError):
     @property
     def signal(self) -> Signals | None:
         """The signal that ended the process, None when it exited by itself."""
-        known = {signal.value for signal in Signals}
-        if self.exitcode is None or -self.exitcode not in known:
-            return None
-        return Signals(-self.exitcode)
+        number = -(self.exitcode or 0)
+        return Signals(number) if number in set(Signals) else None
 
 
 class CommandTimeoutError(FedprocError, TimeoutError):
@@ -196,7 +193,7 @@ def remote_error(
         # The parts travel as attributes. Without them (one cannot be pickled) there is no group.
         parts = facts.get("exceptions", ())
         args, original = ((message, parts), original) if parts else (args, None)
-    return _filled(_restore_remote(original, args), facts)
+    return filled(_restore_remote(original, args), facts)
 
 
 def original_class(cls: type) -> type[BaseException] | None:
@@ -204,37 +201,12 @@ def original_class(cls: type) -> type[BaseException] | None:
     return None if cls is RemoteError else vars(cls).get("_fedproc_original", cls)
 
 
-def attributes(error: BaseException) -> dict[str, Any]:
-    """What was set on an exception; those of an OSError are not in its ``__dict__``."""
-    names = ("errno", "strerror", "filename", "filename2") if isinstance(error, OSError) else ()
-    return dict(_DICT.__get__(error)) | {name: vars(OSError)[name].__get__(error) for name in names}
-
-
 def _restore_remote(original: Any, args: tuple[Any, ...]) -> RemoteError:
     try:
         mixed: type[RemoteError] = _remote_class(original or RemoteError)
-        return _restore(mixed, args)
+        return restored(mixed, args)
     except Exception:  # noqa: BLE001 - it refuses to be subclassed, or its layout does not combine
-        return _restore(RemoteError, args)
-
-
-def _restore(cls: type[_E], args: tuple[Any, ...]) -> _E:
-    # The nearest built-in class knows how to allocate the instance; user-defined __new__ and
-    # __init__ may want arguments that nobody has here.
-    builtin: Any = cls
-    while builtin.__module__ != "builtins":
-        builtin = builtin.__base__
-    error: _E = builtin.__new__(cls, *args)
-    _ARGS.__set__(error, args)
-    return error
-
-
-def _filled(error: _E, state: dict[str, Any]) -> _E:
-    for name, value in state.items():
-        # Past a __setattr__ that refuses (frozen dataclasses); a property may still refuse.
-        with contextlib.suppress(Exception):
-            BaseException.__setattr__(error, name, value)
-    return error
+        return restored(RemoteError, args)
 
 
 @functools.lru_cache(maxsize=256)
@@ -274,7 +246,7 @@ def _reduced(error: BaseException, make: Any, kind: Any) -> tuple[Any, ...]:
     if getattr(_trial, "on", False):  # it does; and two errors may refer to each other
         return make, (kind, ()), {}
     state = {name: value for name, value in attributes(error).items() if _pickles(value)}
-    return make, (kind, tuple(map(_portable, _ARGS.__get__(error)))), state
+    return make, (kind, tuple(map(_portable, ARGS.__get__(error)))), state
 
 
 def _portable(value: Any) -> Any:
@@ -284,7 +256,7 @@ def _portable(value: Any) -> Any:
     if isinstance(value, (tuple, list)):  # the parts of a group
         return tuple(map(_portable, value))
     if isinstance(value, BaseException):
-        return _filled(_restore_remote(type(value), _ARGS.__get__(value)), attributes(value))
+        return filled(_restore_remote(type(value), ARGS.__get__(value)), attributes(value))
     return f"<{type(value).__name__}>"
 
 

@@ -5,6 +5,7 @@ Runs in worker processes. May assume one client at a time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -131,14 +132,12 @@ class Resident:
         Raises:
             ValueError: It did not.
         """
-        if self._as_it_is() == self._shape:
-            return
-        try:
-            same = Layout.of(self.model) == self.layout
-            same = same and self._are_ours(self.layout.tensors(self.model))
-        except ValueError:
-            same = False
-        if same and self._frozen_versions() == self._versions:
+        same = self._as_it_is() == self._shape
+        if not same:
+            with contextlib.suppress(ValueError):
+                same = Layout.of(self.model) == self.layout
+                same = same and self._are_ours(self.layout.tensors(self.model))
+        if same and self._frozen_are_as_sent():
             return
         raise ValueError(
             "the train function replaced parameters or buffers of the model, or changed frozen "
@@ -159,6 +158,13 @@ class Resident:
             seen.append(tuple(module._non_persistent_buffers_set))
         return seen
 
+    def _frozen_are_as_sent(self) -> bool:
+        """Looks at the versions first, then at the values: ``.data`` and NumPy leave no trace."""
+        if self._frozen_versions() != self._versions:
+            return False
+        pairs = zip(self._parameters, self._pristine.parameters(), self._flags, strict=True)
+        return all(flag or _same_values(own, sent) for own, sent, flag in pairs)
+
     def _frozen_versions(self) -> list[int]:
         pairs = zip(self._parameters, self._flags, strict=True)
         return [parameter._version for parameter, flag in pairs if not flag]
@@ -166,3 +172,12 @@ class Resident:
 
 def _is_training(module: nn.Module) -> bool:
     return module.training and type(module).train is nn.Module.train
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN included."""
+    return a.dtype == b.dtype and (torch.equal(a, b) or torch.equal(_bits(a), _bits(b)))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)

@@ -108,7 +108,8 @@ def _all_chunks(
             "evaluate",
             crew.worker(name).send(block),
             piece,
-            loss,
+            # by itself: the tensors in it are not operands that lie in the wrong place
+            None if loss is None else crew.worker(name).send(loss),
             (_CHUNK_ROWS, outputs),
         )
         for name, piece in rows.pieces(crew)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from fedproc.errors import CommandTimeoutError
-from fedproc.remote.group import pointers_among
+from fedproc.remote.gathering import pointers_among
 from fedproc.remote.herald import call_soon
 from fedproc.remote.pointer import Pointer
 

@@ -58,9 +58,24 @@ class Failures:
         """Whether command ``number`` failed."""
         return any(number in failed for failed in (self._known, self._causes, self.forgotten))
 
+    def cause(self, number: int) -> int:
+        """The first command that failed of those that made ``number`` fail, if it did."""
+        return self._causes.get(number, number)
+
+    def is_seen(self, number: int) -> bool:
+        """Whether somebody was told why command ``number`` failed."""
+        number = self.cause(number)
+        return number in self.forgotten or (number in self._known and number not in self._unseen)
+
+    def unsee(self, number: int) -> None:
+        """Nobody was told why command ``number`` failed, after all."""
+        number = self.cause(number)
+        if number in self._known:
+            self._unseen[number] = None
+
     def raise_for(self, number: int) -> None:
         """Raise the failure of command ``number``, if it failed: the first cause."""
-        number = self._causes.get(number, number)
+        number = self.cause(number)
         if number in self._known:
             self._unseen.pop(number, None)
             self._seen.append(number)

@@ -1,16 +1,14 @@
-"""Several pointers at once: groups and gather. Runs in the parent."""
+"""Several pointers at once: groups. Runs in the parent."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from fedproc.errors import ArenaFullError, PlacementError
-from fedproc.remote import reading
+from fedproc.errors import PlacementError
 from fedproc.remote.calls import torch_function
-from fedproc.remote.link import Link
+from fedproc.remote.gathering import gather, pointers_among
 from fedproc.remote.operations import function_name
 from fedproc.remote.operators import with_operators
-from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import Pointer
 from fedproc.wire.names import resolve
 
@@ -203,75 +201,6 @@ def _bind(results: list[Any]) -> Any:
 
 def _holds_pointers(result: Any) -> bool:
     return isinstance(result, tuple) and any(issubclass(type(one), Pointer) for one in result)
-
-
-def pointers_among(given: Iterable[Pointer], what: str) -> list[Pointer]:
-    """``given`` as a list.
-
-    Args:
-        given: what a user passes as pointers.
-        what: who does what with them, for the error.
-
-    Raises:
-        TypeError: something that is no pointer.
-    """
-    try:
-        found = iter(given)
-    except TypeError as error:
-        kind = type(given).__qualname__
-        raise TypeError(f"{what} a list of pointers, not a {kind}") from error
-    pointers = list(found)
-    for pointer in pointers:
-        if not issubclass(type(pointer), Pointer):
-            raise TypeError(f"{what} pointers, not a {type(pointer).__qualname__}")
-    return pointers
-
-
-def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[Any]:
-    """Copies of the values of several pointers, waited for together.
-
-    Raises:
-        Exception: the first error in the order of the arguments, after all are done.
-        TypeError: something that is no pointer; nothing was asked for.
-        CommandTimeoutError: not all done within ``timeout`` seconds.
-    """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    wanted = pointers_among(pointers, "gather needs")
-    asked = [_ask(pointer) for pointer in wanted]
-    values = [_gathered(one, deadline) for one in asked]
-    for place, value in enumerate(values):
-        # All together had no room in the worker's memory; the others have left by now.
-        if type(value) is _Failed and isinstance(value.error, ArenaFullError):
-            values[place] = _gathered(_ask(wanted[place]), deadline)
-    for value in values:
-        if type(value) is _Failed:
-            raise value.error
-    return values
-
-
-class _Failed:
-    """In place of a value; an exception may itself be a value."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-def _ask(pointer: Pointer) -> "tuple[Link, Borrow] | _Failed":
-    try:
-        handle = pointer._data()
-        return handle.link, reading.start(handle, "gather")
-    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
-        return _Failed(error)
-
-
-def _gathered(asked: "tuple[Link, Borrow] | _Failed", deadline: float | None) -> Any:
-    if isinstance(asked, _Failed):
-        return asked
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    try:
-        return reading.finish(*asked, "gather", left)
-    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
-        return _Failed(error)
 
 
 def group(*pointers: Pointer) -> PointerGroup:

@@ -7,6 +7,7 @@ from fedproc.remote.calls import compute, order, part
 from fedproc.remote.object import call, items, kind_of_items, set_own
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.tensor import TensorPointer
+from fedproc.wire.commands import DETACHED
 
 METHOD = "fedproc.worker.parts.method"
 
@@ -59,9 +60,13 @@ class ModulePointer(Pointer, kind="module"):
         return [(name, self._tensor(name)) for name in names]
 
     def state_dict(self) -> dict[str, TensorPointer]:
-        """Pointers to parameters and persistent buffers, by name."""
+        """Pointers to the values of parameters and persistent buffers, by name.
+
+        As in torch they share the module's memory and have no gradient: what is written to them in
+        place is in the module.
+        """
         names = compute("fedproc.worker.parts.state_names", (self,), what="state_dict")
-        return {name: self._tensor(name) for name in names}
+        return {name: part(TensorPointer, self, (*name.split("."), DETACHED)) for name in names}
 
     def _tensor(self, name: str) -> TensorPointer:
         return part(TensorPointer, self, tuple(name.split(".")))

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedproc.errors import NotShippableError, attributes, remote_error
+from fedproc.errors import NotShippableError, remote_error
 from fedproc.memory.arena import Block
 from fedproc.memory.copying import fresh
 from fedproc.memory.records import put_together
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
+from fedproc.remade import attributes
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
 from fedproc.remote.link import Link

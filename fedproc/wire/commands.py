@@ -78,6 +78,10 @@ class Describe(NamedTuple):
     target: int
 
 
+DETACHED = "<detached>"
+"""Step of a ``Part``: the values of a tensor, without its part in autograd."""
+
+
 class Part(NamedTuple):
     """Keep a part of an object (attribute path, or gradient) as an object of its own."""
 

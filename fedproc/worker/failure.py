@@ -13,7 +13,8 @@ from typing import Any
 
 import cloudpickle
 
-from fedproc.errors import FedprocError, RemoteError, attributes, original_class
+from fedproc.errors import FedprocError, RemoteError, original_class
+from fedproc.remade import attributes
 from fedproc.wire.code import travels_by_name
 from fedproc.wire.commands import Failure
 

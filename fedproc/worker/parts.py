@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedproc.wire.commands import DETACHED
+
 
 def method(target: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method."""
@@ -51,6 +53,8 @@ def step(whole: Any, part: str | int) -> Any:
     """A part of an object: an attribute, an item, or what a module adds to its ``state_dict``."""
     if part == "_extra_state":
         return whole.get_extra_state()
+    if part == DETACHED:
+        return whole.detach()
     return getattr(whole, part) if isinstance(part, str) else whole[part]
 
 

@@ -94,6 +94,21 @@ def test_state_dict_is_a_dict_of_pointers(m, local):
     assert state["offset"].tolist() == [0.5, 0.5, 0.5]
 
 
+def test_the_values_of_a_state_dict_are_written_in_place(bob, alice, m, local):
+    m(bob.send(X)).sum().backward()
+    state = m.state_dict()
+    assert {name: p.requires_grad for name, p in state.items()} == dict.fromkeys(state, False)
+    assert state["fc.weight"].grad is None
+    assert type(state["fc.weight"].fetch()) is torch.Tensor
+    for values in state.values():
+        values.mul_(2)
+    assert torch.equal(m.fc.weight.fetch(), local.fc.weight.detach() * 2)
+    m.move(alice)
+    assert state["fc.bias"].worker is alice
+    state["fc.bias"].zero_()
+    assert m.fc.bias.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_parameters_are_the_modules_own(m):
     weight = m.parameters()[0]
     weight.data.fill_(2.0)

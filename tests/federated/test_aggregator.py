@@ -1,4 +1,5 @@
 import copy
+import functools
 import signal
 
 import pytest
@@ -291,14 +292,28 @@ def test_a_function_may_write_into_its_rows_and_freeze_layers(data):
     assert first.failures == {}
 
 
-@pytest.mark.parametrize("what", ["replace", "frozen"])
-def test_a_function_that_breaks_the_model_fails_alone(data, what):
+def _replace(model):
+    model[3] = nn.Linear(16, 3)
+
+
+def _write(model):
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+
+
+def _write_past_autograd(model):
+    model[0].weight.data.fill_(1.0)
+
+
+def _write_by_numpy(model):
+    model[0].weight.numpy()[:] = 1.0
+
+
+@pytest.mark.parametrize("do", [_replace, _write, _write_past_autograd, _write_by_numpy])
+def test_a_function_that_breaks_the_model_fails_alone(data, do):
     def rough(model, x, y, ctx):
-        if ctx.client == "a" and what == "replace":
-            model[3] = nn.Linear(16, 3)
-        elif ctx.client == "a":
-            with torch.no_grad():
-                model[0].weight.fill_(1.0)
+        if ctx.client == "a":
+            do(model)
         return {"sum": model[0].weight.sum()}
 
     model = dropout_net()
@@ -439,6 +454,16 @@ def test_evaluation_with_own_loss_and_metrics(data):
     )
     assert found.metrics == {"rows": 300, "y": y.tolist()}
     assert found.loss == pytest.approx(cross_entropy(linear()(x), y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["module", "partial"])
+def test_a_loss_of_an_evaluation_may_hold_tensors(data, way):
+    x, y = blobs(30, seed=3)
+    weight = torch.tensor([0.2, 1.0, 3.0])
+    weighted = functools.partial(nn.functional.cross_entropy, weight=weight)
+    loss = nn.CrossEntropyLoss(weight=weight) if way == "module" else weighted
+    found = Aggregator(linear(), data, LOCAL).evaluate((x, y), loss=loss)
+    assert found.loss == pytest.approx(weighted(linear()(x), y).item(), rel=1e-6)
 
 
 def test_accuracy_needs_classes(data):

@@ -1,5 +1,8 @@
 """Values and exceptions that are hard to carry; each was lost or wrong once."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +52,30 @@ def test_attributes_of_an_exception_come_along(cluster, bob):
     with pytest.raises(FileNotFoundError) as missing:
         bob.run(open, "/no/such/file").get()
     assert (missing.value.errno, missing.value.filename) == (2, "/no/such/file")
+
+
+def _attribute_of_a_tensor():
+    return torch.ones(1 << 20).no_such_name
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [
+        (lambda: __import__("no_such_module"), {"name": "no_such_module", "path": None}),
+        (lambda: compile("1 +", "some.py", "exec"), {"lineno": 1, "filename": "some.py"}),
+        (lambda: b"a\xff".decode(), {"start": 1, "end": 2, "object": b"a\xff"}),
+        (lambda: no_such_name, {"name": "no_such_name"}),  # noqa: F821
+        # what lacks the attribute may be anything: it stays there
+        (_attribute_of_a_tensor, {"name": "no_such_name", "obj": None}),
+    ],
+    ids=["ImportError", "SyntaxError", "UnicodeDecodeError", "NameError", "AttributeError"],
+)
+def test_so_does_what_built_in_classes_keep(cluster, bob, fails, expected):
+    with pytest.raises(fp.RemoteError) as caught:
+        bob.run(fails).get()
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
+        assert {name: getattr(error, name) for name in expected} == expected
+        assert "worker 'bob'" in str(error)
 
 
 def test_a_sparse_gradient_travels(cluster, bob):

@@ -1,0 +1,106 @@
+"""The values of several pointers at once. Runs in the parent."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from fedproc.errors import ArenaFullError
+from fedproc.remote import reading
+from fedproc.remote.link import Link
+from fedproc.remote.outbox import Borrow
+from fedproc.remote.pointer import Pointer
+
+
+def pointers_among(given: Iterable[Pointer], what: str) -> list[Pointer]:
+    """``given`` as a list.
+
+    Args:
+        given: what a user passes as pointers.
+        what: who does what with them, for the error.
+
+    Raises:
+        TypeError: something that is no pointer.
+    """
+    try:
+        found = iter(given)
+    except TypeError as error:
+        kind = type(given).__qualname__
+        raise TypeError(f"{what} a list of pointers, not a {kind}") from error
+    pointers = list(found)
+    for pointer in pointers:
+        if not issubclass(type(pointer), Pointer):
+            raise TypeError(f"{what} pointers, not a {type(pointer).__qualname__}")
+    return pointers
+
+
+def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[Any]:
+    """Copies of the values of several pointers, waited for together.
+
+    Raises:
+        Exception: the first error in the order of the arguments, after all are done.
+        TypeError: something that is no pointer; nothing was asked for.
+        CommandTimeoutError: not all done within ``timeout`` seconds.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    wanted = pointers_among(pointers, "gather needs")
+    asked = [_ask(pointer) for pointer in wanted]
+    values = [_gathered(one, deadline) for one in asked]
+    for place, value in enumerate(values):
+        # All together had no room in the worker's memory; the others have left by now.
+        if type(value) is _Failed and isinstance(value.error, ArenaFullError):
+            values[place] = _gathered(_ask(wanted[place]), deadline)
+    failed = [place for place, value in enumerate(values) if type(value) is _Failed]
+    if failed:
+        _leave_unseen([asked[place] for place in failed])
+        raise values[failed[0]].error
+    return values
+
+
+def _leave_unseen(failed: "list[_Asked | _Failed]") -> None:
+    """Only the first error is raised: the others are still to be told by somebody else."""
+    first, *others = failed
+    raised = None if isinstance(first, _Failed) else first.cause
+    for other in others:
+        if isinstance(other, _Asked) and other.is_news and other.cause != raised:
+            other.link.failures.unsee(other.oid)
+
+
+class _Failed:
+    """In place of a value; an exception may itself be a value."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Asked(NamedTuple):
+    """A value on its way. ``is_news``: that its object failed was not known, or told to nobody."""
+
+    link: Link
+    borrow: Borrow
+    oid: int
+    is_news: bool
+
+    @property
+    def cause(self) -> tuple[Link, int]:
+        """What made its object fail, if it did: the first command that failed."""
+        return self.link, self.link.failures.cause(self.oid)
+
+
+def _ask(pointer: Pointer) -> "_Asked | _Failed":
+    try:
+        handle = pointer._data()
+        link, oid = handle.link, handle.oid
+        is_news = not link.failures.is_seen(oid)
+        return _Asked(link, reading.start(handle, "gather"), oid, is_news)
+    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
+        return _Failed(error)
+
+
+def _gathered(asked: "_Asked | _Failed", deadline: float | None) -> Any:
+    if isinstance(asked, _Failed):
+        return asked
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        return reading.finish(asked.link, asked.borrow, "gather", left)
+    except Exception as error:  # noqa: BLE001 - raised when all have been waited for
+        return _Failed(error)
