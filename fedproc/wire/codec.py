@@ -14,6 +14,7 @@ import io
 import pickle
 import types
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
@@ -34,6 +35,7 @@ class Encoder(pickle.Pickler):
         *,
         nest_code: bool = False,
         registered: Callable[[], Mapping[Any, bytes] | None] = lambda: None,
+        reducers: Mapping[type, Callable[[Any], Any]] = MappingProxyType({}),
     ) -> None:
         """Make a pickler for one value.
 
@@ -42,7 +44,10 @@ class Encoder(pickle.Pickler):
             nest_code: put code inside the stream; else only its digest, see ``definitions``.
             registered: gives the code that the receiver has (function or class -> digest) where it
                 takes no other; None where it does.
+            reducers: exact type -> what ``reducer_override`` returns for an instance that has no
+                persistent id.
         """
+        self._reducers = reducers
         self._nest_code = nest_code
         self._registered = registered
         self._buffer = io.BytesIO()
@@ -62,6 +67,9 @@ class Encoder(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Ship code that cannot be imported by value."""
+        reducer = self._reducers.get(type(obj))
+        if reducer is not None:
+            return reducer(obj)
         if isinstance(obj, (types.FunctionType, type)) and not travels_by_name(obj):
             registered = self._registered()
             if registered is not None:  # the receiver refuses what it does not know, by this name

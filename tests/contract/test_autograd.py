@@ -118,6 +118,88 @@ def test_a_failed_backward_is_an_error_nobody_can_miss(cluster, w):
     assert w.grad is None
 
 
+class Tenfold(torch.autograd.Function):
+    """Multiplies gradients by ten."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 10
+
+
+def test_a_function_of_autograd_is_refused_here_and_runs_there(w, bob):
+    with pytest.raises(fp.PlacementError, match=r"worker\.run\(Tenfold\.apply, pointer\)"):
+        Tenfold.apply(w)
+    (bob.run(Tenfold.apply, w) + w).sum().backward()
+    assert w.grad.tolist() == [11.0, 11.0]
+
+
+class Remote(torch.autograd.Function):
+    """A step of this process whose forward and backward are computed by a worker."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return (weight.worker.send(x.detach()) * weight).get()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (ctx.weight.worker.send(gradient) * ctx.weight).get(), None
+
+
+def test_a_function_of_this_process_may_use_pointers(w):
+    x = torch.ones(2, requires_grad=True)
+    Remote.apply(x, w.detach()).sum().backward()
+    assert x.grad.tolist() == [1.0, 2.0]
+
+
+LAYOUTS = {
+    "coo": lambda dense: dense.to_sparse(),
+    "uncoalesced": lambda dense: torch.sparse_coo_tensor(
+        [[0, 1, 1], [1, 0, 0]], [1.0, 1.0, 1.0], check_invariants=True
+    ),
+    "hybrid": lambda dense: dense.to_sparse(1),
+    "csr": lambda dense: dense.to_sparse_csr(),
+    "csc": lambda dense: dense.to_sparse_csc(),
+    "bsr": lambda dense: dense.to_sparse_bsr((1, 1)),
+    "bsc": lambda dense: dense.to_sparse_bsc((1, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sparse_leaf_is_one_everywhere(bob, alice, layout):
+    dense = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    x = LAYOUTS[layout](dense).requires_grad_()
+    x.grad = x.detach().clone()
+    p = bob.send(x)
+    assert bob.run(lambda leaf: (leaf.requires_grad, leaf.grad is not None), x).get() == (
+        True,
+        True,
+    )
+    p.move(alice)
+    for home in (p.fetch(), bob.send([x]).get()[0]):
+        assert home.requires_grad
+        assert home.layout is x.layout
+        assert home.layout is not torch.sparse_coo or home.is_coalesced() == x.is_coalesced()
+        assert torch.equal(home.to_dense(), dense)
+        assert torch.equal(home.grad.to_dense(), dense)
+    assert not bob.send(x.detach()).fetch().requires_grad
+
+
+def test_nobody_keeps_a_sparse_tensor_that_travelled(bob):
+    p = bob.send(torch.ones(2, 2).to_sparse())
+    p.get()
+
+    def kept():
+        return len(torch._utils._sparse_tensors_to_validate)
+
+    assert (kept(), bob.run(kept).get()) == (0, 0)
+
+
 def test_a_gradient_handle_stays_that_tensor(w):
     w.sum().backward()
     grad = w.grad
