@@ -37,7 +37,7 @@ class Gradients:
         self.parameters = self._repeatable.parameters
         self._strides = [parameter.stride() for parameter in self.parameters]
         # the gradient of the loss by itself; autograd would make one in every step
-        self._one = torch.ones((), dtype=self.parameters[0].dtype)
+        self._one = torch.ones((), dtype=self.parameters[0].dtype, device="cpu")
         self._programs = Programs([*self._repeatable.known, self._one])
         self._is_replaying = False
 

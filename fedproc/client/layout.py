@@ -156,7 +156,7 @@ class Layout:
         """
         row = -(-self.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if secret:
-            return torch.zeros(count, row, dtype=torch.uint8)
+            return torch.zeros(count, row, dtype=torch.uint8, device="cpu")
         return self._with_gaps(lendable(count * row).view(count, row))
 
     def _with_gaps(self, blocks: Tensor) -> Tensor:

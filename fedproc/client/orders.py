@@ -153,4 +153,8 @@ def first_batches(
 
 def _order(size: int, local: LocalTraining, generator: torch.Generator) -> Tensor:
     """Draws the order of the rows of one client for one epoch."""
-    return torch.randperm(size, generator=generator) if local.shuffle else torch.arange(size)
+    return (
+        torch.randperm(size, generator=generator, device="cpu")
+        if local.shuffle
+        else torch.arange(size, device="cpu")
+    )

@@ -39,7 +39,7 @@ class Shards:
         x, y = places[0][:2]
         if all(place[0] is x for place in places):
             return cls(x, y, [start for _, _, start, _ in places], sizes)
-        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        ends = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
         x = torch.cat([part[start:stop] for part, _, start, stop in places])
         y = torch.cat([part[start:stop] for _, part, start, stop in places])
         return cls(x, y, ends[:-1], sizes)

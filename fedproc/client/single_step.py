@@ -91,8 +91,8 @@ class SharedStep:
         """
         # What flows back is at least as large as for each client alone: none loses digits (half
         # precision inside of a model), and one that overflows alone does so here.
-        factors = torch.tensor(weights, dtype=torch.float64) / min(weights)
-        losses = torch.empty(len(batches), dtype=torch.float64)
+        factors = torch.tensor(weights, dtype=torch.float64, device="cpu") / min(weights)
+        losses = torch.empty(len(batches), dtype=torch.float64, device="cpu")
         for part in _passes(batches):
             losses[part] = self._add(rows, batches[part], factors[part])
         finite = torch.isfinite(losses)
@@ -106,14 +106,14 @@ class SharedStep:
     ) -> Tensor:
         """Adds the gradients of some clients, each times its factor; returns their losses."""
         x, y = rows
-        counts = torch.tensor([len(batch) for batch in batches])
+        counts = torch.tensor([len(batch) for batch in batches], device="cpu")
         index = torch.cat(list(batches)).to(x.device)
         outputs = self._model(x.index_select(0, index))
         of_rows = self._row_losses(outputs, y.index_select(0, index))
         if self._mean:
             of_rows = of_rows / counts.repeat_interleave(counts).to(of_rows)
-        client = torch.arange(len(batches)).repeat_interleave(counts)
-        losses = torch.zeros(len(batches), dtype=torch.float64)
+        client = torch.arange(len(batches), device="cpu").repeat_interleave(counts)
+        losses = torch.zeros(len(batches), dtype=torch.float64, device="cpu")
         losses.index_add_(0, client, of_rows.detach().cpu().double())
         finite = torch.isfinite(losses)
         if bool(finite.all()):

@@ -115,7 +115,7 @@ class StackTrainer:
             if blocks is None:  # one after the other: many of large models would fill the memory
                 mean.add(tasks, group)
             else:
-                places = torch.tensor(group.places)
+                places = torch.tensor(group.places, device="cpu")
                 layout.trained_rows(blocks).index_copy_(0, places, group.values.cpu())
         _share_time(results, began)
         rows = list[int | None](range(len(tasks)))

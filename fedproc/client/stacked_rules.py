@@ -87,7 +87,9 @@ class _Drifts:
         self, values: Tensor, steps: Sequence[int], optimizer: torch.optim.Optimizer
     ) -> list[dict[str, Any]]:
         """Keeps the new c_i, in float32 unless the parameters are more precise."""
-        distance = torch.tensor(steps, dtype=torch.float64) * plain_sgd_rate(optimizer)
+        distance = torch.tensor(steps, dtype=torch.float64, device="cpu") * plain_sgd_rate(
+            optimizer
+        )
         moved = (self.anchor.double() - values.double()) / distance[:, None].to(values.device)
         kept = (moved - self.shifts).to("cpu", torch.promote_types(values.dtype, torch.float32))
         return [{"c_i": row.clone()} for row in kept]

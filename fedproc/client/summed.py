@@ -94,7 +94,7 @@ class SummedVector:
         Raises:
             OverflowError: A number is not finite, or leaves the range; its value is not told.
         """
-        words = torch.zeros(self.numel, dtype=torch.int64)
+        words = torch.zeros(self.numel, dtype=torch.int64, device="cpu")
         weight = 1.0 if self.uniform else float(update.examples)
         place = 0
         for values in weighted_change(self._floats(), start, update.block, weight):
@@ -149,9 +149,11 @@ class SummedVector:
             told = weight if name in update.metrics else 0.0
             values += [told * update.metrics.get(name, 0.0), told]
         words[: len(_COUNTS)] = torch.tensor(
-            [int(weight), update.examples, update.rows, int(bool(update.within))]
+            [int(weight), update.examples, update.rows, int(bool(update.within))], device="cpu"
         )
-        if not self.fixed.encode(torch.tensor(values, dtype=torch.float64), words[len(_COUNTS) :]):
+        if not self.fixed.encode(
+            torch.tensor(values, dtype=torch.float64, device="cpu"), words[len(_COUNTS) :]
+        ):
             raise OverflowError(
                 "its loss or number of steps is not finite or leaves the range of the fixed point"
             )

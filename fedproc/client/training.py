@@ -185,7 +185,7 @@ def _batch_indices(
 ) -> Iterable[slice | Tensor]:
     size = local.batch_size or rows
     if local.shuffle:
-        order = torch.randperm(rows, generator=generator)
+        order = torch.randperm(rows, generator=generator, device="cpu")
         return [order] if rows <= size else [order[s : s + size] for s in range(0, rows, size)]
     return [slice(start, start + size) for start in range(0, rows, size)]
 

@@ -19,7 +19,7 @@ from fedproc.memory.records import travels_as_record
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8)
+NO_BLOCK: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def block_of(sent: Tensor | bytes) -> Tensor:

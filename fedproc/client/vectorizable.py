@@ -132,7 +132,7 @@ def try_rows(
         for fewer in (2, 3):  # a loss may ask how many rows there are
             reduction_of(losses, outputs[:fewer], y[:fewer], wanted=reduction)
         weight = 1.0 / len(x) if reduction == "mean" else 1.0
-        found = twice(x, y, torch.full((len(x),), weight).to(plain))
+        found = twice(x, y, torch.full((len(x),), weight, device="cpu").to(plain))
     except NotVectorizableError:
         raise
     except Exception as error:

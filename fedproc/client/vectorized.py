@@ -135,7 +135,7 @@ class Stacks:
         optimizer = StackedOptimizer(chosen, self._parameters, values)
         known = [states[place] for place in orders.sorted]
         correction = stacked_correction(self._rule, anchor, shared, known)
-        losses = torch.zeros(orders.counts.shape, dtype=torch.float64)
+        losses = torch.zeros(orders.counts.shape, dtype=torch.float64, device="cpu")
         for training, gradients in self._walk(orders, shards, values, losses, mean=mean):
             if correction is not None:
                 correction.apply(gradients, training)

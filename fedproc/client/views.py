@@ -89,7 +89,7 @@ def _have_equal_bits(left: Tensor, right: Tensor) -> bool:
     for _ in range(_TRIALS):
         try:
             drawn = [
-                torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).normal_(
+                torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu").normal_(
                     generator=generator
                 )
                 for t in (left, right)

@@ -30,7 +30,7 @@ class WeightedMean:
         self._weight = 0.0
         self._is_empty = True
         self._totals: tuple[Tensor, ...] = ()  # where each piece of a vector is added
-        self._room = torch.empty(0, dtype=torch.float64)
+        self._room = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def add(self, pieces: Sequence[Sequence[Tensor] | Tensor], weights: Sequence[float]) -> None:
         """Adds vectors, one after the other, each times its weight.
@@ -58,7 +58,7 @@ class WeightedMean:
             total.zero_()
         size = min(total.numel(), _CHUNK)
         if len(self._room) < size:
-            self._room = torch.empty(size, dtype=torch.float64)
+            self._room = torch.empty(size, dtype=torch.float64, device="cpu")
         for piece, weight in zip(values, weights, strict=True):
             exact = exact_product(weight, piece.dtype)
             parts = zip(torch.split(piece, _CHUNK), torch.split(total, _CHUNK), strict=True)

@@ -66,7 +66,7 @@ class FederatedDataLoader:
             order = None
             if self._shuffle:
                 generator = generator_for(self._seed, epoch, client, "loader")
-                order = torch.randperm(rows, generator=generator)
+                order = torch.randperm(rows, generator=generator, device="cpu")
             for start in self._starts(rows):
                 yield self._batch(client, start, min(start + self._batch_size, rows), order)
 

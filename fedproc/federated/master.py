@@ -81,7 +81,7 @@ def next_parameters(
     x = (
         layout.flat_trained(start.block)
         if moves or strategy.looks_at_x()
-        else torch.tensor(math.nan, dtype=torch.float64).expand(layout.trained_numel)
+        else torch.tensor(math.nan, dtype=torch.float64, device="cpu").expand(layout.trained_numel)
     )
     new, state = strategy.step(x, received, without_master(start.state))
     state = strategy.after(state, start.kept, kept, population)

@@ -44,7 +44,7 @@ class PrivateFold:
         """
         self._layout, self._start = layout, start
         self._denominator, self._noise, self._stream = denominator, noise, stream
-        self._sum = torch.zeros(layout.trained_numel, dtype=torch.float64)
+        self._sum = torch.zeros(layout.trained_numel, dtype=torch.float64, device="cpu")
 
     def add(self, updates: Sequence[Weighted]) -> None:
         """Adds the clipped changes of clients, which all weigh 1; blocks may be reused."""

@@ -154,7 +154,7 @@ def _tensor(entry: Mapping[str, Any], data: memoryview) -> Tensor:
     start, stop = entry["data_offsets"]
     dtype = _DTYPES[entry["dtype"]]
     if start == stop:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return torch.empty(entry["shape"], dtype=dtype, device="cpu")
     # a bytearray of its own: torch may write to it, and it is aligned for every dtype
     return torch.frombuffer(bytearray(data[start:stop]), dtype=dtype).reshape(entry["shape"])
 

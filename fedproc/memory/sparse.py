@@ -37,11 +37,17 @@ def _leaf(values: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
 
 def _coo(indices: Any, values: Any, shape: Any, is_coalesced: Any) -> torch.Tensor:
     return torch.sparse_coo_tensor(
-        indices, values, shape, check_invariants=False, is_coalesced=is_coalesced
+        indices, values, shape, check_invariants=False, is_coalesced=is_coalesced, device="cpu"
     )
 
 
 def _compressed(indices: Any, others: Any, values: Any, shape: Any, name: str) -> torch.Tensor:
     return torch.sparse_compressed_tensor(
-        indices, others, values, shape, layout=getattr(torch, name), check_invariants=False
+        indices,
+        others,
+        values,
+        shape,
+        layout=getattr(torch, name),
+        check_invariants=False,
+        device="cpu",
     )

@@ -120,7 +120,7 @@ class Exporter:
 
 
 def _laid_out(source: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty_strided(source.shape, stride, dtype=source.dtype).copy_(source)
+    return torch.empty_strided(source.shape, stride, dtype=source.dtype, device="cpu").copy_(source)
 
 
 class Packer:
@@ -224,7 +224,7 @@ def _covering(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     last = max(_end_bytes(t) for t in tensors)
     largest = max(t.element_size() for t in tensors)
     first -= first % largest
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage())
     return whole[first:last]
 
 
@@ -244,7 +244,7 @@ def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.T
     storages = [load(place) for place in places]
     tensors: list[torch.Tensor] = []
     for spec in specs:
-        tensor = torch.empty(0, dtype=spec.dtype)
+        tensor = torch.empty(0, dtype=spec.dtype, device="cpu")
         tensor.set_(storages[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
         if spec.parameter:
             tensor = nn.Parameter(tensor, requires_grad=spec.requires_grad)
@@ -262,7 +262,7 @@ def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.T
 def _sparse(grad: SparseGrad, tensors: list[torch.Tensor]) -> torch.Tensor:
     parts = tensors[grad.indices], tensors[grad.values]
     return torch.sparse_coo_tensor(
-        *parts, grad.shape, check_invariants=False, is_coalesced=grad.coalesced
+        *parts, grad.shape, check_invariants=False, is_coalesced=grad.coalesced, device="cpu"
     )
 
 

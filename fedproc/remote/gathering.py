@@ -1,11 +1,13 @@
 """The values of several pointers at once. Runs in the parent."""
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fedproc.errors import ArenaFullError
 from fedproc.remote import reading
+from fedproc.remote.hub import seconds
 from fedproc.remote.link import Link
 from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import Pointer
@@ -41,19 +43,44 @@ def gather(pointers: Iterable[Pointer], timeout: float | None = None) -> list[An
         TypeError: something that is no pointer; nothing was asked for.
         CommandTimeoutError: not all done within ``timeout`` seconds.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
     wanted = pointers_among(pointers, "gather needs")
-    asked = [_ask(pointer) for pointer in wanted]
-    values = [_gathered(one, deadline) for one in asked]
-    for place, value in enumerate(values):
+    return [value for value, _ in _together(wanted, timeout)]
+
+
+def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> list[Any]:
+    """The values of several pointers; the objects are gone afterwards, all of them or none.
+
+    Errors as of ``gather``; an object that another thread has taken is gone.
+    """
+    if any(pointer._chain is not None for pointer in pointers):
+        gather(pointers, timeout)  # raises what stands in the way of any
+        return [pointer.get() for pointer in pointers]
+    handles = [pointer._handle for pointer in pointers]
+    with contextlib.ExitStack() as taken:
+        for handle in handles:
+            taken.enter_context(handle.taken_away("get", timeout))
+        found = _together(pointers, timeout)
+        for handle, (_, ids) in zip(handles, found, strict=True):
+            handle.brought_home(ids)
+    return [value for value, _ in found]
+
+
+def _together(pointers: Sequence[Pointer], timeout: float | None) -> list[tuple[Any, Any]]:
+    """Value and ids of every object."""
+    deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+    asked = [_ask(pointer) for pointer in pointers]
+    found = [_gathered(one, deadline) for one in asked]
+    for place, one in enumerate(found):
         # All together had no room in the worker's memory; the others have left by now.
-        if type(value) is _Failed and isinstance(value.error, ArenaFullError):
-            values[place] = _gathered(_ask(wanted[place]), deadline)
-    failed = [place for place, value in enumerate(values) if type(value) is _Failed]
+        if isinstance(one, _Failed) and isinstance(one.error, ArenaFullError):
+            found[place] = _gathered(_ask(pointers[place]), deadline)
+    failed = [place for place, one in enumerate(found) if isinstance(one, _Failed)]
     if failed:
         _leave_unseen([asked[place] for place in failed])
-        raise values[failed[0]].error
-    return values
+    for one in found:
+        if isinstance(one, _Failed):
+            raise one.error
+    return [one for one in found if not isinstance(one, _Failed)]
 
 
 def _leave_unseen(failed: "list[_Asked | _Failed]") -> None:
@@ -96,11 +123,13 @@ def _ask(pointer: Pointer) -> "_Asked | _Failed":
         return _Failed(error)
 
 
-def _gathered(asked: "_Asked | _Failed", deadline: float | None) -> Any:
+def _gathered(
+    asked: "_Asked | _Failed", deadline: float | None
+) -> "tuple[Any, tuple[int, ...]] | _Failed":
     if isinstance(asked, _Failed):
         return asked
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
     try:
-        return reading.finish(asked.link, asked.borrow, "gather", left)
+        return reading.finish_with_ids(asked.link, asked.borrow, "gather", left)
     except Exception as error:  # noqa: BLE001 - raised when all have been waited for
         return _Failed(error)

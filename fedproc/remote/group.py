@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 from fedproc.errors import PlacementError
 from fedproc.remote.calls import torch_function
-from fedproc.remote.gathering import gather, pointers_among
+from fedproc.remote.gathering import bring_home, gather, pointers_among
+from fedproc.remote.hub import seconds
 from fedproc.remote.operations import function_name
 from fedproc.remote.operators import with_operators
 from fedproc.remote.pointer import Pointer
@@ -49,8 +50,8 @@ class PointerGroup:
         return tuple(member.worker for member in self._members)
 
     def get(self, timeout: float | None = None) -> list[Any]:
-        """The values of all members, brought home."""
-        return [member.get(timeout) for member in self._members]
+        """The values of all members, brought home: all of them, or none if one is not to be had."""
+        return bring_home(self._members, timeout)
 
     def fetch(self, timeout: float | None = None) -> list[Any]:
         """Copies of the values of all members."""
@@ -58,7 +59,7 @@ class PointerGroup:
 
     def wait(self, timeout: float | None = None) -> "PointerGroup":
         """Wait for all members."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + seconds(timeout)
         for member in self._members:
             member.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return self

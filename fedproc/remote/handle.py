@@ -4,10 +4,14 @@ A ``Handle`` says where an object is; all pointers to the object share it, so wh
 follow.
 """
 
+import contextlib
+import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedproc.errors import ObjectGoneError
+from fedproc.remote.ending import late, reentered
 
 if TYPE_CHECKING:
     from fedproc.remote.link import Link
@@ -18,7 +22,7 @@ class Handle:
 
     # What most handles never hold stands here: every command makes one.
     gone: str | None = None  # why it cannot be used any more
-    taken = False  # a thread is bringing it home
+    taken: tuple[int, object] | None = None  # the thread that brings it home or moves it
     facts: dict[str, Any] | None = None  # kind, shape ... as last told
     facts_at = -1  # link.outbox.writes when they were
     labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
@@ -49,21 +53,49 @@ class Handle:
         if self.gone is not None:
             raise ObjectGoneError(self.gone)
 
-    def take(self) -> None:
-        """Only one thread brings an object home.
+    @contextlib.contextmanager
+    def taken_away(self, what: str, timeout: float | None = None) -> Iterator[None]:
+        """Only one thread at a time brings an object home or moves it; others wait for it.
 
         Raises:
-            ObjectGoneError: it is gone, or another thread is doing it.
+            ObjectGoneError: it is gone, perhaps since the other thread has it.
+            CommandTimeoutError: the other thread was not done within ``timeout`` seconds.
+            FedprocError: a signal handler would wait for what it has interrupted.
         """
+        mine = threading.get_ident(), object()
+        try:
+            while (other := self._take(mine)) is not None:
+                if other[0] == mine[0]:
+                    raise reentered(self.link.name, what)
+                if not self.link.hub.wait_until(lambda: self.taken is None, timeout):
+                    raise late(self.link.name, what, timeout)
+            yield
+        finally:  # also when Ctrl-C came right after it was taken
+            if self.taken is mine:
+                self.taken = None
+                self.link.hub.notify()
+
+    def _take(self, mine: tuple[int, object]) -> tuple[int, object] | None:
+        """Take it, or tell who has it."""
         self.check()
         self.link.check()
         with self.link.outbox.lock:
-            if self.taken:
-                raise ObjectGoneError(
-                    f"object {self.oid} is being brought home from worker {self.link.name!r} by "
-                    "another thread; only one get() can have it."
-                )
-            self.taken = True
+            if self.taken is None:
+                self.taken = mine
+                return None
+            return self.taken
+
+    def brought_home(self, ids: Iterable[int]) -> None:
+        """The value is in this process now; ``ids``: all that the object has in its worker."""
+        link, oid = self.link, self.oid
+        link.outbox.remove(oid)
+        gone = (
+            f"object {oid} was brought home from worker {link.name!r} with get(): it is not there "
+            "any more. Use the value that get() returned, or fetch() next time."
+        )
+        for each in (self, *filter(None, map(link.handle, ids))):
+            each.gone = gone
+        link.outbox.handles.pop(oid, None)
 
     def moved(self, link: "Link", oid: int, number: int) -> None:
         """The object is elsewhere now."""

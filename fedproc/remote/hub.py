@@ -76,7 +76,12 @@ def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.pol
     return links, poll
 
 
-def _seconds(timeout: Any) -> float:
+def seconds(timeout: Any) -> float:
+    """A limit of time, checked.
+
+    Raises:
+        ValueError: it is no number of seconds.
+    """
     if not isinstance(timeout, numbers.Real) or timeout != timeout:  # noqa: PLR0124 - NaN
         raise ValueError(f"timeout must be a number of seconds, or None, not {timeout!r}")
     return float(timeout)
@@ -127,7 +132,7 @@ class Hub:
             ValueError: ``timeout`` is neither a number nor None.
             FedprocError: a signal handler would wait for what it has interrupted.
         """
-        deadline = None if timeout is None else time.monotonic() + _seconds(timeout)
+        deadline = None if timeout is None else time.monotonic() + seconds(timeout)
         if ready():
             return True
         here = threading.get_ident()

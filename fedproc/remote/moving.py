@@ -30,12 +30,16 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
         NotPermittedError: it is private.
         ArenaFullError: no room there; it stays where it was.
     """
-    handle.check()
+    site = caller()
+    with handle.taken_away("move"):
+        _move(handle, target, slot, site)
+
+
+def _move(handle: Handle, target: Link, slot: int, site: Site) -> None:
     source = handle.link
     if target is source and not slot:
         return
     target.check()
-    site = caller()
     told = _carry(handle, target, slot, site, copy=False)
     if told is None:
         told = _carry(handle, target, slot, site, copy=True)
@@ -49,7 +53,7 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
             f"move: an optimizer on worker {source.name!r} still steps the parameters that stayed "
             f"behind there. Make a new one on {target.name!r} from model.parameters().",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -147,20 +147,9 @@ class Pointer(metaclass=Kind):
 
             return take_apart(self)
         handle = self._handle
-        handle.take()
-        try:
+        with handle.taken_away("get", timeout):
             value, ids = reading.taken(handle, timeout)
-        except BaseException:
-            handle.taken = False
-            raise
-        handle.link.outbox.remove(handle.oid)
-        gone = (
-            f"object {handle.oid} was brought home from worker {handle.link.name!r} with get(): "
-            "it is not there any more. Use the value that get() returned, or fetch() next time."
-        )
-        for each in (handle, *filter(None, map(handle.link.handle, ids))):
-            each.gone = gone
-        handle.link.outbox.handles.pop(handle.oid, None)
+            handle.brought_home(ids)
         return value
 
     def fetch(self, timeout: float | None = None) -> Any:

@@ -64,13 +64,13 @@ def has_arrived(link: Link, number: int) -> bool:
 
 def finish(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
     """The value asked for, copied into memory of this process."""
-    return _finish(link, borrow, what, timeout)[0]
+    return finish_with_ids(link, borrow, what, timeout)[0]
 
 
-def _finish(
+def finish_with_ids(
     link: Link, borrow: Borrow, what: str, timeout: float | None
 ) -> tuple[Any, tuple[int, ...]]:
-    """The value, and all ids of the object."""
+    """The value as of ``finish``, and all ids of the object in its worker."""
     try:
         flags, body, ids = link.answer(borrow.query, what, timeout)
         borrow.exported = bool(flags & frames.EXPORTED)
@@ -108,7 +108,7 @@ def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
 
 def taken(handle: Handle, timeout: float | None) -> tuple[Any, tuple[int, ...]]:
     """A private copy of a remote value, and all ids it has: each may have a handle of its own."""
-    return _finish(handle.link, start(handle, "get"), "get", timeout)
+    return finish_with_ids(handle.link, start(handle, "get"), "get", timeout)
 
 
 async def awaited(pointer: "Pointer") -> Any:
@@ -205,6 +205,6 @@ def _seen(link: Link, place: Place) -> torch.Tensor:
 
 def _mapped(link: Link, place: Place) -> torch.Tensor:
     if isinstance(place, bytes):  # an empty tensor has no memory to lend
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     assert link.mapped is not None
     return torch.from_numpy(link.mapped.borrow(Block(*place)))

@@ -35,6 +35,7 @@ def receive_descriptor(side: socket.socket) -> int:
     """
     data, received, _, _ = socket.recv_fds(side, 1, 1)
     if received:
+        os.set_inheritable(received[0], False)
         return received[0]
     code = errno.EMFILE if data else errno.EPIPE
     raise OSError(code, f"the descriptor of a shared memory was not received: {os.strerror(code)}")

@@ -201,7 +201,7 @@ class Host:
             return
         block = self.arena.allocate(storage.nbytes())
         home = torch.from_numpy(self.arena.lease(block)).view(tensor.dtype)
-        moved = torch.empty(0, dtype=tensor.dtype)
+        moved = torch.empty(0, dtype=tensor.dtype, device="cpu")
         moved.set_(home.untyped_storage(), 0, tensor.shape, stride)
         moved.copy_(tensor.detach())
         tensor.data = moved

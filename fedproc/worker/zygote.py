@@ -85,6 +85,8 @@ def receive(control: socket.socket, fds: int) -> tuple[Any, list[int]] | None:
     data, received, flags, _ = socket.recv_fds(control, LENGTH.size, fds)
     if flags & socket.MSG_CTRUNC:
         raise OSError("descriptors were lost on the way: too many open files")
+    for fd in received:  # a program that a command executes would keep the stream from its end
+        os.set_inheritable(fd, False)
     while data and len(data) < LENGTH.size:
         data += control.recv(LENGTH.size - len(data))
     if not data:

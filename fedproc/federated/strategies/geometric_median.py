@@ -49,7 +49,7 @@ class GeometricMedian(Strategy):
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:  # noqa: ARG002 - part of the contract
         """Iterates from the weighted mean."""
         rows = rows_of(received)
-        weights = torch.tensor(received.weights, dtype=torch.float64)
+        weights = torch.tensor(received.weights, dtype=torch.float64, device="cpu")
         z = _mean(rows, weights)
         for _ in range(self.steps):
             distances = torch.stack([(row - z).norm() for row in rows])

@@ -89,4 +89,4 @@ class Scaffold(Strategy):
     def check(self, local: LocalTraining | TrainFunction, cohort: int) -> None:  # noqa: ARG002 - part of the contract
         """Raises ValueError for a train function and for any optimizer but plain SGD."""
         epochs = require_local_epochs("Scaffold", local)
-        plain_sgd_rate(epochs.optimizer([nn.Parameter(torch.zeros(1))]))
+        plain_sgd_rate(epochs.optimizer([nn.Parameter(torch.zeros(1, device="cpu"))]))
