@@ -57,7 +57,8 @@ def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> lis
         return [pointer.get() for pointer in pointers]
     handles = [pointer._handle for pointer in pointers]
     with contextlib.ExitStack() as taken:
-        for handle in handles:
+        # in one order everywhere: two threads with the same members would wait for each other
+        for handle in sorted(handles, key=id):
             taken.enter_context(handle.taken_away("get", timeout))
         found = _together(pointers, timeout)
         for handle, (_, ids) in zip(handles, found, strict=True):

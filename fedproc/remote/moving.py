@@ -32,20 +32,10 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
     """
     site = caller()
     with handle.taken_away("move"):
-        _move(handle, target, slot, site)
-
-
-def _move(handle: Handle, target: Link, slot: int, site: Site) -> None:
-    source = handle.link
-    if target is source and not slot:
-        return
-    target.check()
-    told = _carry(handle, target, slot, site, copy=False)
-    if told is None:
-        told = _carry(handle, target, slot, site, copy=True)
-    assert told is not None
-    number, ids, cut, optimizer = told
-    _follow(source, ids, target, slot or number, number)
+        source = handle.link
+        if target is source and not slot:
+            return
+        cut, optimizer = _moved(handle, target, slot, site)
     if cut:
         warn_cut("move")
     if optimizer:
@@ -53,8 +43,21 @@ def _move(handle: Handle, target: Link, slot: int, site: Site) -> None:
             f"move: an optimizer on worker {source.name!r} still steps the parameters that stayed "
             f"behind there. Make a new one on {target.name!r} from model.parameters().",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+
+
+def _moved(handle: Handle, target: Link, slot: int, site: Site) -> tuple[bool, bool]:
+    """Move it; whether a graph was cut, and an optimizer left behind."""
+    source = handle.link
+    target.check()
+    told = _carry(handle, target, slot, site, copy=False)
+    if told is None:
+        told = _carry(handle, target, slot, site, copy=True)
+    assert told is not None
+    number, ids, cut, optimizer = told
+    _follow(source, ids, target, slot or number, number)
+    return cut, optimizer
 
 
 def _carry(
