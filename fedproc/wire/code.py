@@ -7,6 +7,8 @@ and shipped once per worker.
 
 import functools
 import hashlib
+import importlib
+import io
 import sys
 import types
 from typing import Any
@@ -91,5 +93,19 @@ def by_value(thing: types.FunctionType | type) -> tuple[bytes, bytes]:
     Raises:
         Exception: whatever pickling a captured variable raises.
     """
-    code = cloudpickle.dumps(thing)
+    stream = io.BytesIO()
+    _Pickler(stream).dump(thing)
+    code = stream.getvalue()
     return hashlib.blake2b(code, digest_size=16).digest(), code
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # has no types
+    """Names modules of a class of their own, too, such as ``torch.backends.cudnn``."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """As of the base, but for such modules."""
+        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
+            name = str(obj.__name__)
+            if sys.modules.get(name) is obj:
+                return importlib.import_module, (name,)
+        return super().reducer_override(obj)

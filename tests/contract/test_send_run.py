@@ -282,3 +282,11 @@ def test_one_thread_may_use_what_another_waits_for(bob, gate):
     waiter.join(timeout=10)
     assert got == [7]
     assert q.get() == 2.0
+
+
+def test_code_that_names_a_module_of_its_own_class_is_sent(bob):
+    def seed_everything():
+        torch.backends.cudnn.benchmark = False
+        return torch.backends.cudnn.__name__, torch.backends.mkldnn.__name__
+
+    assert bob.run(seed_everything).get() == ("torch.backends.cudnn", "torch.backends.mkldnn")

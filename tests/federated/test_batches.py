@@ -62,15 +62,15 @@ def objects(monkeypatch):
 @pytest.mark.parametrize(
     ("along", "strategy", "expected"),
     [
-        (commanding._ALONG_BYTES, FedAvg, [0, 2, 2]),
+        (commanding.ALONG_BYTES, FedAvg, [0, 2, 2]),
         (8, FedAvg, [2, 2, 2]),
-        (commanding._ALONG_BYTES, Scaffold, [2, 2, 2]),  # which sends tensors, too
+        (commanding.ALONG_BYTES, Scaffold, [2, 2, 2]),  # which sends tensors, too
     ],
 )
 def test_a_small_model_goes_with_the_first_command(
     along, strategy, expected, objects, monkeypatch, transport
 ):
-    monkeypatch.setattr(commanding, "_ALONG_BYTES", along)
+    monkeypatch.setattr(commanding, "ALONG_BYTES", along)
     models = []
     for most, count in zip((32, 6, 1), expected, strict=True):  # one, two, twelve commands
         monkeypatch.setattr(Pace, "batch_size", lambda self, nbytes, most=most: most)
