@@ -15,6 +15,7 @@ from torch import nn
 
 from fedproc.client.layout import Layout, fill, load
 from fedproc.client.module_state import ModuleState
+from fedproc.memory.copying import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,7 +164,7 @@ class Resident:
         if self._frozen_versions() != self._versions:
             return False
         pairs = zip(self._parameters, self._pristine.parameters(), self._flags, strict=True)
-        return all(flag or _same_values(own, sent) for own, sent, flag in pairs)
+        return all(flag or same_bits(own, sent) for own, sent, flag in pairs)
 
     def _frozen_versions(self) -> list[int]:
         pairs = zip(self._parameters, self._flags, strict=True)
@@ -172,12 +173,3 @@ class Resident:
 
 def _is_training(module: nn.Module) -> bool:
     return module.training and type(module).train is nn.Module.train
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN included."""
-    return a.dtype == b.dtype and (torch.equal(a, b) or torch.equal(_bits(a), _bits(b)))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)

@@ -79,3 +79,13 @@ def fresh(nbytes: int) -> torch.Tensor:
     if nbytes >= SIDE_BY_SIDE_BYTES:
         return SPARES.take(nbytes)
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the user's default is
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same elements, bit by bit; NaN is NaN. Of sparse ones values."""
+    if one.dtype != other.dtype or one.layout != other.layout:
+        return False
+    if one.layout is not torch.strided or one.is_quantized:
+        return torch.equal(one.to_dense(), other.to_dense())
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(*flat)

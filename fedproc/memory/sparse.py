@@ -5,6 +5,7 @@ tensor that it loads in a list (``torch._utils._sparse_tensors_to_validate``) un
 is called: its memory is never free again.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def reduced(tensor: torch.Tensor) -> Any:
     values = tensor.detach()
     if tensor.layout is torch.sparse_coo:
         parts = values._indices(), values._values()
-        return _coo, (*parts, tuple(tensor.shape), tensor.is_coalesced())
+        return coo, (*parts, tuple(tensor.shape), tensor.is_coalesced())
     if tensor.layout in (*_COMPRESSED, torch.sparse_csc, torch.sparse_bsc):
         by_rows = tensor.layout in _COMPRESSED
         indices = values.crow_indices() if by_rows else values.ccol_indices()
@@ -35,7 +36,8 @@ def _leaf(values: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
     return values
 
 
-def _coo(indices: Any, values: Any, shape: Any, is_coalesced: Any) -> torch.Tensor:
+def coo(indices: Any, values: Any, shape: Any, is_coalesced: Any) -> torch.Tensor:
+    """The sparse tensor of these parts, which were one: nothing is looked at again."""
     return torch.sparse_coo_tensor(
         indices, values, shape, check_invariants=False, is_coalesced=is_coalesced, device="cpu"
     )
@@ -51,3 +53,7 @@ def _compressed(indices: Any, others: Any, values: Any, shape: Any, name: str) -
         check_invariants=False,
         device="cpu",
     )
+
+
+REDUCERS: Mapping[type, Callable[[Any], Any]] = {torch.Tensor: reduced}
+"""For an ``Encoder``."""

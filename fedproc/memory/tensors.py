@@ -17,6 +17,7 @@ from torch import nn
 from fedproc.errors import ClosedError
 from fedproc.memory.arena import Arena, Block
 from fedproc.memory.copying import copy_bytes
+from fedproc.memory.sparse import coo
 
 INLINE_BYTES = 16 * 1024
 """Below this a storage travels in the message: cheaper than a block and its release."""
@@ -253,17 +254,11 @@ def rebuild(table: Table, load: Callable[[Place], torch.Tensor]) -> list[torch.T
         tensors.append(tensor)
     for tensor, spec in zip(tensors, specs, strict=True):
         if isinstance(spec.grad, SparseGrad):
-            tensor.grad = _sparse(spec.grad, tensors)
+            parts = tensors[spec.grad.indices], tensors[spec.grad.values]
+            tensor.grad = coo(*parts, spec.grad.shape, spec.grad.coalesced)
         elif spec.grad >= 0:
             tensor.grad = tensors[spec.grad]
     return tensors
-
-
-def _sparse(grad: SparseGrad, tensors: list[torch.Tensor]) -> torch.Tensor:
-    parts = tensors[grad.indices], tensors[grad.values]
-    return torch.sparse_coo_tensor(
-        *parts, grad.shape, check_invariants=False, is_coalesced=grad.coalesced, device="cpu"
-    )
 
 
 def read_place(place: Place, view: Callable[[Block], Any], target: torch.Tensor) -> torch.Tensor:

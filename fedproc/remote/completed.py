@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fedproc.errors import CommandTimeoutError
 from fedproc.remote.gathering import pointers_among
 from fedproc.remote.herald import call_soon
-from fedproc.remote.hub import seconds
+from fedproc.remote.hub import deadline_of
 from fedproc.remote.pointer import Pointer
 
 
@@ -21,7 +21,7 @@ class Completed:
         self._waiting = pointers_among(pointers, "as_completed needs")
         self._ready: deque[Pointer] = deque()
         self._timeout = timeout
-        self._deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+        self._deadline = deadline_of(timeout)
         self._noted: asyncio.AbstractEventLoop | None = None
         self._came: asyncio.Future[None] | None = None
         for pointer in self._waiting:

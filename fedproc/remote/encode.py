@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedproc.errors import FedprocError, NotShippableError, PlacementError
-from fedproc.memory.sparse import reduced
+from fedproc.memory.sparse import REDUCERS
 from fedproc.memory.tensors import Exporter, Packer
 from fedproc.remote.link import Link
 from fedproc.remote.message import Message, call_message
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 POINTER_TYPES: set[type] = set()
 """Every class of pointer; filled by ``remote.pointer``."""
 
-_REDUCERS: Mapping[type, Callable[[Any], Any]] = {torch.Tensor: reduced}
 _FLAT = frozenset({int, float, bool, str, bytes, type(None)})
 _FUNCTIONS = frozenset({types.FunctionType, types.BuiltinFunctionType})
 
@@ -63,7 +62,7 @@ class Outgoing:
             NotShippableError: something in it cannot be pickled.
             ObjectGoneError: a pointer was fetched already.
         """
-        encoder = Encoder(self._externals(), registered=self._registered, reducers=_REDUCERS)
+        encoder = Encoder(self._externals(), registered=self._registered, reducers=REDUCERS)
         try:
             body = encoder.encode(fields)
         except FedprocError:

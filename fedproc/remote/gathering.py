@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fedproc.errors import ArenaFullError
 from fedproc.remote import reading
-from fedproc.remote.hub import seconds
+from fedproc.remote.hub import deadline_of
 from fedproc.remote.link import Link
 from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import Pointer
@@ -68,7 +68,7 @@ def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> lis
 
 def _together(pointers: Sequence[Pointer], timeout: float | None) -> list[tuple[Any, Any]]:
     """Value and ids of every object."""
-    deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+    deadline = deadline_of(timeout)
     asked = [_ask(pointer) for pointer in pointers]
     found = [_gathered(one, deadline) for one in asked]
     for place, one in enumerate(found):

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from fedproc.errors import PlacementError
 from fedproc.remote.calls import torch_function
 from fedproc.remote.gathering import bring_home, gather, pointers_among
-from fedproc.remote.hub import seconds
+from fedproc.remote.hub import deadline_of
 from fedproc.remote.operations import function_name
 from fedproc.remote.operators import with_operators
 from fedproc.remote.pointer import Pointer
@@ -59,7 +59,7 @@ class PointerGroup:
 
     def wait(self, timeout: float | None = None) -> "PointerGroup":
         """Wait for all members."""
-        deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+        deadline = deadline_of(timeout)
         for member in self._members:
             member.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return self

@@ -76,15 +76,17 @@ def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.pol
     return links, poll
 
 
-def seconds(timeout: Any) -> float:
-    """A limit of time, checked.
+def deadline_of(timeout: Any) -> float | None:
+    """When a limit of seconds from now is over, in seconds of ``time.monotonic``; None: never.
 
     Raises:
-        ValueError: it is no number of seconds.
+        ValueError: it is neither a number nor None.
     """
+    if timeout is None:
+        return None
     if not isinstance(timeout, numbers.Real) or timeout != timeout:  # noqa: PLR0124 - NaN
         raise ValueError(f"timeout must be a number of seconds, or None, not {timeout!r}")
-    return float(timeout)
+    return time.monotonic() + float(timeout)
 
 
 class Hub:
@@ -132,7 +134,7 @@ class Hub:
             ValueError: ``timeout`` is neither a number nor None.
             FedprocError: a signal handler would wait for what it has interrupted.
         """
-        deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+        deadline = deadline_of(timeout)
         if ready():
             return True
         here = threading.get_ident()

@@ -93,10 +93,19 @@ def by_value(thing: types.FunctionType | type) -> tuple[bytes, bytes]:
     Raises:
         Exception: whatever pickling a captured variable raises.
     """
+    code = dumps(thing)
+    return hashlib.blake2b(code, digest_size=16).digest(), code
+
+
+def dumps(thing: Any) -> bytes:
+    """A pickle with code by value where it cannot be imported.
+
+    Raises:
+        Exception: whatever pickling a part raises.
+    """
     stream = io.BytesIO()
     _Pickler(stream).dump(thing)
-    code = stream.getvalue()
-    return hashlib.blake2b(code, digest_size=16).digest(), code
+    return stream.getvalue()
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # has no types

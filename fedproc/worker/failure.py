@@ -11,11 +11,9 @@ import pickle
 import traceback
 from typing import Any
 
-import cloudpickle
-
 from fedproc.errors import FedprocError, RemoteError, original_class
 from fedproc.remade import attributes
-from fedproc.wire.code import travels_by_name
+from fedproc.wire.code import dumps, travels_by_name
 from fedproc.wire.commands import Failure
 
 LONGEST_TEXT = 64 * 1024
@@ -97,7 +95,7 @@ def _attributes(error: BaseException) -> dict[str, Any]:
 def _pickled(thing: Any) -> bytes | None:
     """A pickle that loads again here; None if there is no such thing."""
     try:
-        data = cloudpickle.dumps(thing)
+        data = dumps(thing)
         if not isinstance(thing, type):
             pickle.Unpickler(io.BytesIO(data)).load()
     except BaseException:  # noqa: BLE001 - hostile __reduce__ and __setstate__ raise anything; degrade to text

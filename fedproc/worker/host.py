@@ -16,7 +16,7 @@ from torch import nn
 from fedproc.errors import FedprocError, NotShippableError, ObjectGoneError
 from fedproc.memory.arena import Arena, Mapped
 from fedproc.memory.copying import fresh
-from fedproc.memory.sparse import reduced
+from fedproc.memory.sparse import REDUCERS
 from fedproc.memory.tensors import (
     INLINE_BYTES,
     Exporter,
@@ -169,7 +169,7 @@ class Host:
             {torch.Tensor: packer.add, nn.Parameter: packer.add},
             nest_code=True,
             registered=lambda: known,
-            reducers={torch.Tensor: reduced},
+            reducers=REDUCERS,
         )
         try:
             body = encoder.encode(value)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedproc.errors import NotPermittedError
+from fedproc.memory.copying import same_bits
 from fedproc.worker.store import Domain, Entry
 
 
@@ -158,18 +159,9 @@ def _same(
     if after is None or len(before) != len(after):
         return False
     return all(
-        times == again and one.shape == other.shape and _same_bits(one, other)
+        times == again and one.shape == other.shape and same_bits(one, other)
         for (times, one), (again, other) in zip(before, after, strict=True)
     )
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.layout != other.layout:
-        return False
-    if one.layout is not torch.strided or one.is_quantized:
-        return torch.equal(one.to_dense(), other.to_dense())
-    flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(*flat)
 
 
 def leaf_holders(used: Sequence[Entry], store: Iterable[Entry]) -> list[Entry]:
