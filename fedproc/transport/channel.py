@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedproc.wire.frames import Frame, unpack
+from fedproc.wire.frames import Frame, missing, unpack
 
 READ_BYTES = 65536
 BATCH_BYTES = 1 << 20
@@ -91,8 +91,9 @@ class Channel:
         self.writer = 0  # the thread that has the lock for writing, as long as it has it
         # frames not yet taken, batch being written, byte counts that send() has returned for it
         self._output: tuple[list[bytes], memoryview | None, list[int]] = ([], None, [])
-        # bytes received, how many of them are parsed, chunks received since
-        self._input: tuple[bytes, int, list[bytes]] = (b"", 0, [])
+        # bytes received, how many of them are parsed, chunks received since; while a frame is not
+        # whole: how many of these chunks are counted, and their bytes
+        self._input: tuple[bytes, int, list[bytes], int, int] = (b"", 0, [], 0, 0)
         self.ended = False
         self.moved_bytes = 0  # written and read so far
 
@@ -186,20 +187,31 @@ class Channel:
 
     def resume(self, handle: Callable[[Frame], None]) -> None:
         """Hand over what an interrupted ``receive`` left behind: nothing more may ever arrive."""
-        data, start, chunks = self._input
+        data, start, chunks, _, _ = self._input
         if chunks or start < len(data):
             self._parse(handle)
 
     def _parse(self, handle: Callable[[Frame], None]) -> None:
-        data, start, chunks = self._input
+        data, start, chunks, counted, nbytes = self._input
         if chunks:
-            data = (data[start:] if start < len(data) else b"") + b"".join(chunks)
+            if start < len(data):
+                # Joined at every wake-up, a large frame would be copied once for each of them.
+                nbytes += sum(map(len, chunks[counted:]))
+                if nbytes < missing(data, start):
+                    self._input = (data, start, chunks, len(chunks), nbytes)
+                    return
+                data = b"".join([data[start:], *chunks])
+            else:
+                data = b"".join(chunks)
             start = 0
-            self._input = (data, start, [])
+            self._input = (data, start, [], 0, 0)
             self.moved_bytes += sum(map(len, chunks))
+            chunks.clear()  # what is handed over may be at work for long
         for frame, end in unpack(data, start):
             handle(frame)
-            self._input = (data, end, self._input[2])
+            # what was handed over may be large, and nothing else may come for long
+            rest = (data, end) if end < len(data) else (b"", 0)
+            self._input = (*rest, self._input[2], 0, 0)
 
     def hang_up(self) -> None:
         """End the stream for both sides; whoever polls either end wakes up."""

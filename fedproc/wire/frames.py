@@ -84,6 +84,14 @@ def split_frees(body: bytes) -> tuple[tuple[int, ...], bytes]:
     return struct.unpack_from(f"<{count}Q", body, _COUNT.size), body[start:]
 
 
+def missing(data: bytes, start: int) -> int:
+    """How many bytes must follow ``data`` until the frame, or header, cut off in it is whole."""
+    have = len(data) - start
+    if have < HEADER.size:
+        return HEADER.size - have
+    return HEADER.size + int(HEADER.unpack_from(data, start)[3]) - have
+
+
 def unpack(data: bytes, start: int) -> Iterator[tuple[Frame, int]]:
     """Yield ``(frame, end)`` for every whole frame in ``data`` from ``start`` on.
 

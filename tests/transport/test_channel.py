@@ -7,6 +7,7 @@ import pytest
 
 from fedproc.transport.channel import Channel
 from fedproc.wire import frames
+from fedproc.wire.frames import HEADER
 
 
 @pytest.fixture
@@ -47,6 +48,42 @@ def test_a_full_socket_does_not_block(pair):
         here.flush()
     assert all(frame.body == body for frame in found)
     assert here.unsent is False
+
+
+def test_a_large_frame_is_joined_once(pair):
+    here, there = pair
+    body = bytes(range(256)) * (1 << 16)
+    here.append(frames.pack(1, 0, 1, body))
+    here.append(frames.pack(1, 0, 2, b"next"))
+    found, joined = [], []
+    while len(found) < 2:
+        here.flush()
+        there.receive(found.append)
+        if not joined or there._input[0] is not joined[-1]:
+            joined.append(there._input[0])
+    assert [frame.body for frame in found] == [body, b"next"]
+    # what came first, until the frame was whole; nothing is kept of it then
+    assert len(joined) == 2
+    assert 0 < len(joined[0]) < len(body)
+    assert there._input == (b"", 0, [], 0, 0)
+    assert there.moved_bytes == here.moved_bytes == len(body) + len(b"next") + 2 * HEADER.size
+
+
+@pytest.mark.parametrize("first", [1, HEADER.size - 1, HEADER.size, HEADER.size + 1])
+def test_a_frame_that_comes_in_pieces_is_whole_when_its_last_byte_is_there(pair, first):
+    here, there = pair
+    stream = frames.pack(1, 0, 1, b"body") + frames.pack(1, 0, 2, b"")
+    found, counts = [], []
+    for piece in (stream[:first], *(stream[n : n + 1] for n in range(first, len(stream)))):
+        here.append(piece)
+        here.flush()
+        there.receive(found.append)
+        counts.append(len(found))
+    whole = HEADER.size + len(b"body")
+    assert counts == [
+        int(n >= whole) + int(n == len(stream)) for n in range(first, len(stream) + 1)
+    ]
+    assert [frame.body for frame in found] == [b"body", b""]
 
 
 class OneByte:
