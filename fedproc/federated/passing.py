@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from fedproc.client.update import Update, Updates
     from fedproc.cluster.cluster import Cluster
+    from fedproc.remote.borrows import Borrow
     from fedproc.remote.link import Link
-    from fedproc.remote.outbox import Borrow
     from fedproc.remote.worker import Worker
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedproc.errors import PlacementError
 from fedproc.remote import reading
+from fedproc.remote.borrows import Borrow
 from fedproc.remote.context import modes
 from fedproc.remote.encode import encode_call, encode_question
 from fedproc.remote.link import Link
@@ -24,7 +25,6 @@ from fedproc.remote.operations import (
     unknown_count,
 )
 from fedproc.remote.operators import SYMBOLS
-from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import KINDS, AnyPointer, Pointer
 from fedproc.remote.site import caller
 from fedproc.wire import commands

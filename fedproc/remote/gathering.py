@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from fedproc.errors import ArenaFullError
 from fedproc.remote import reading
+from fedproc.remote.borrows import Borrow
 from fedproc.remote.hub import deadline_of
 from fedproc.remote.link import Link
-from fedproc.remote.outbox import Borrow
 from fedproc.remote.pointer import Pointer
 
 

@@ -26,12 +26,13 @@ from typing import Any, NoReturn
 from fedproc.errors import FedprocError, WorkerLostError
 from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Mapped
+from fedproc.remote.borrows import Borrow
 from fedproc.remote.ending import ENDED, closed, forked, late, lost, reentered
 from fedproc.remote.handle import Handle
 from fedproc.remote.hub import Hub
 from fedproc.remote.inbox import Inbox
 from fedproc.remote.message import Message
-from fedproc.remote.outbox import Borrow, Outbox
+from fedproc.remote.outbox import Outbox
 from fedproc.remote.site import Site
 from fedproc.transport.base import Connection
 from fedproc.wire import frames
@@ -276,14 +277,14 @@ class Link:
         with self.outbox.lock:  # nobody gets a write in between
             query = self.submit(message, site, urgent=True)
             try:
-                self.outbox.lend(borrow, query)
+                self.outbox.borrows.begin(borrow, query)
             except BaseException:  # Ctrl-C: the borrow does not know its number yet
                 self.inbox.abandon(query)
                 raise
 
     def free_to_write(self, borrow: Borrow) -> None:
         """A copy is read: what waits for this borrow goes out, its blocks stay."""
-        borrow.read_a_copy()
+        self.outbox.borrows.read_a_copy(borrow)
         self.outbox.go_on()
 
     def give_back(self, borrow: Borrow) -> None:

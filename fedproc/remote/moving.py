@@ -10,10 +10,10 @@ import socket
 import warnings
 from typing import Any
 
+from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
-from fedproc.remote.outbox import Borrow
 from fedproc.remote.site import Site, caller
 from fedproc.wire import commands
 

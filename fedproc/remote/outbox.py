@@ -5,16 +5,14 @@ The frees of dropped pointers ride in front of the next command: by then everyth
 is in the stream already.
 """
 
-import asyncio
 import itertools
 import pickle
 import threading
 import time
 import weakref
 from collections import deque
-from typing import Any
 
-from fedproc.errors import FedprocError
+from fedproc.remote.borrows import Borrow, Borrows
 from fedproc.remote.handle import Handle
 from fedproc.remote.inbox import Inbox
 from fedproc.remote.message import Message, plain
@@ -33,44 +31,6 @@ _RELEASE = commands.KIND[commands.Release]
 _BOOKKEEPING = frozenset({commands.Free, commands.Define, commands.Attach})
 
 
-class Borrow:
-    """Somebody reads the worker's memory: commands that may write wait until it ends."""
-
-    _outbox: "Outbox | None" = None
-
-    def __init__(self, *, scoped: bool) -> None:
-        """``scoped``: the user holds it in a ``with`` block, which is his code to the end."""
-        self.query = 0
-        self.writable = False
-        self.exported = True  # blocks of the worker, as far as is known
-        self.scoped = scoped
-        self.thread = threading.get_ident()
-        self.task = _current_task() if scoped else None
-
-    def begin(self, outbox: "Outbox", query: int) -> None:
-        """The query is sent: ``query`` is its number."""
-        self.query = query
-        self._outbox = outbox
-
-    @property
-    def holds(self) -> bool:
-        """Whether commands that may write have to wait for its end."""
-        return self._outbox is not None and not self.writable
-
-    def read_a_copy(self) -> None:
-        """What is read does not change: writes need not wait, but the blocks are still in use."""
-        self.writable = True
-
-    def end(self) -> None:
-        """Nothing is read any more."""
-        self._outbox = None
-
-    def __del__(self) -> None:
-        """An interrupt took away whoever would have ended it: leave a note, as all finalizers."""
-        if self._outbox is not None:
-            self._outbox.orphan(self.query)
-
-
 class Outbox:
     """The commands to one worker."""
 
@@ -79,6 +39,7 @@ class Outbox:
         self.lock = threading.RLock()
         self.trash: deque[int] = deque()
         self.handles: dict[int, weakref.ref[Handle]] = {}
+        self.borrows = Borrows()
         self.sending = False  # the thread that has the lock is in the middle of it
         self.drawn = 0  # the number of the command that is being sent, or was sent last
         self.writes = 0  # commands so far that could change an existing tensor
@@ -90,8 +51,6 @@ class Outbox:
         self._numbers = numbers
         self._shipped: set[bytes] = set()
         self._shipped_bytes = 0
-        self._borrows: list[weakref.ref[Borrow]] = []
-        self._orphans: deque[int] = deque()
         self._held: deque[tuple[int, bytes, bool]] = deque()  # number, frame, writes
         self._written_at = 0.0
 
@@ -120,7 +79,7 @@ class Outbox:
         if self._held:
             self._let_held_go()
         waiting = 0
-        if self._held or (writes and self._borrows and self._lent()):
+        if self._held or (writes and self.borrows.reading and self.borrows.hold(number)):
             self._held.append((number, frame, writes))
         else:
             waiting = self._channel.append(frame)
@@ -192,31 +151,17 @@ class Outbox:
 
     def tidy(self) -> None:
         """Send the frees of dropped pointers, if no command took them along."""
-        while self._orphans:
-            self._inbox.abandon(self._orphans.popleft())
+        while self.borrows.orphans:
+            query = self.borrows.orphans.popleft()
+            self.borrows.reading.pop(query, None)
+            self._inbox.abandon(query)
         if self.trash or self._held:
             with self.lock:
                 while self.trash:
                     self.send(plain(commands.Free(), "free"), Site.nowhere())
                 self._let_held_go()
 
-    # ---- borrows
-
-    def lend(self, borrow: Borrow, query: int) -> None:
-        """From now on commands that may write wait; the caller has the lock since the query."""
-        borrow.begin(self, query)
-        self._borrows.append(weakref.ref(borrow))
-
-    def _lent(self) -> bool:
-        """Whether somebody reads. An interrupted borrow is gone with whoever held it.
-
-        A borrow whose query is itself held back does not read yet: it must not hold itself.
-        """
-        if not self._borrows:
-            return False
-        self._borrows = [ref for ref in self._borrows if _reads(ref)]
-        sent = self._held[0][0] if self._held else self.last + 1
-        return any(borrow.query < sent for ref in self._borrows if (borrow := ref()) is not None)
+    # ---- what waits for the end of a borrow
 
     @property
     def holding(self) -> bool:
@@ -232,10 +177,10 @@ class Outbox:
 
     def give_back(self, borrow: Borrow) -> None:
         """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
-        if borrow._outbox is not None:
+        if borrow.lasts:
             if borrow.exported:  # first: Ctrl-C in between releases twice, which does no harm
                 self.release(borrow.query)
-            borrow.end()
+            self.borrows.end(borrow)
         self.go_on()
 
     def go_on(self) -> None:
@@ -245,16 +190,12 @@ class Outbox:
 
     def _let_held_go(self) -> None:
         released = False
-        while self._held and not (self._held[0][2] and self._lent()):
+        while self._held and not (self._held[0][2] and self.borrows.hold(self._held[0][0])):
             self._channel.append(self._held[0][1])
             self._held.popleft()  # interrupted before, it goes twice: the worker sees that
             released = True
         if released:
             self.flush()
-
-    def orphan(self, query: int) -> None:
-        """A borrow was interrupted; called by a finalizer."""
-        self._orphans.append(query)
 
     def release(self, query: int) -> None:
         """The blocks that answered ``query`` are not read any more."""
@@ -270,31 +211,10 @@ class Outbox:
         Raises:
             FedprocError: this would wait for ever.
         """
-        if not self.holds_back(number):
-            return
-        sent, here = self._held[0][0] if self._held else 0, threading.get_ident()
-        readers = [borrow for ref in self._borrows if (borrow := ref()) and borrow.holds]
-        # one whose query waits itself holds nothing back, see _lent
-        mine = [borrow for borrow in readers if borrow.thread == here and borrow.query < sent]
-        if awaiting:
-            mine = [borrow for borrow in mine if borrow.task is _current_task()]
-        if mine:
-            where = "`with pointer.borrow()` block" if mine[0].scoped else "get() or fetch()"
-            raise FedprocError(
-                f"this would wait for ever: the command on worker {worker!r} may write, so it "
-                f"waits for the end of the {where} it is waited for in. Use its result after that."
-            )
+        if self.holds_back(number):
+            first = self._held[0][0] if self._held else 0
+            self.borrows.refuse_own(first, worker, awaiting=awaiting)
 
     def close(self) -> None:
         """Nothing goes out any more."""
         self._held.clear()
-
-
-def _current_task() -> "asyncio.Task[Any] | None":
-    loop = asyncio._get_running_loop()  # in a thread without one, current_task raises: 5 us
-    return None if loop is None else asyncio.current_task(loop)
-
-
-def _reads(reference: "weakref.ref[Borrow]") -> bool:
-    borrow = reference()
-    return borrow is not None and borrow.holds

@@ -15,11 +15,11 @@ from fedproc.memory.copying import fresh
 from fedproc.memory.records import put_together
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remade import attributes
+from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
 from fedproc.remote.link import Link
 from fedproc.remote.message import Message, plain
-from fedproc.remote.outbox import Borrow
 from fedproc.remote.site import caller
 from fedproc.wire import commands, frames
 from fedproc.wire.codec import Decoder

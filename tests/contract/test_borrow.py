@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fedproc as fp
+from fedproc.remote.reading import start
 from tests.contract.things import Adder, Counter, each, outcome
 
 MIB = 1 << 20
@@ -148,3 +149,26 @@ def test_a_moved_tensor_can_be_borrowed(bob, alice, x):
     p = bob.send(x).move(alice)
     with p.borrow() as t:
         assert torch.equal(t, x)
+
+
+def test_nothing_is_kept_of_what_was_read(bob, x):
+    p, reading = bob.send(x), bob.link.outbox.borrows.reading
+    for _ in range(3):
+        assert torch.equal(p.fetch(), x)
+        assert len(fp.gather([p, p + 1])) == 2
+        with p.borrow():
+            assert len(reading) == 1
+    with pytest.raises(fp.RemoteError):
+        (p @ torch.ones).fetch()
+    assert reading == {}
+
+
+def test_nothing_is_kept_of_a_borrow_that_an_interrupt_took_away(bob, x):
+    p, borrows = bob.send(x), bob.link.outbox.borrows
+    borrow = start(p._handle, "fetch")
+    assert list(borrows.reading) == [borrow.query]
+    del borrow  # as an interrupt does
+    bob.link.tidy()
+    assert borrows.reading == {}
+    assert not borrows.orphans
+    assert p.add_(1).get().tolist() == [2.0, 3.0, 4.0]
