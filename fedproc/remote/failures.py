@@ -11,29 +11,42 @@ from fedproc.wire.commands import Failure
 
 MOST_SEEN = 256
 """Failures that are kept after somebody has seen them, for results that depend on them."""
+MOST_CAUSES = 1024
+"""Failed commands whose cause is kept, before it is looked which results somebody still holds."""
 
 
 class Failures:
     """The failures of one worker, by the number of the command that failed."""
 
-    def __init__(self, worker: str) -> None:
-        """Of the worker of that name."""
+    def __init__(self, worker: str, held: Callable[[int], object]) -> None:
+        """Of the worker of that name; ``held``: its object of a number, if somebody has it."""
         self._worker = worker
+        self._held = held
         self._known: dict[int, tuple[Failure, Site]] = {}
         self._unseen: dict[int, None] = {}
+        # Commands that failed by a cause, or by themselves and were seen long ago.
         self._causes: dict[int, int] = {}
+        self._most_causes = MOST_CAUSES
         self._sites: dict[int, Site] = {}
         self._seen: deque[int] = deque()
-        # Failed and seen long ago, and somebody holds the result and may ask again.
-        self.forgotten: set[int] = set()
 
     def add(self, number: int, site: Site, cause: int, failure: tuple[Any, ...] | None) -> None:
         """A command without an answer has failed, by itself or by a cause; may be told twice."""
         if failure is None:
-            self._causes[number] = cause
+            self._note_cause(number, cause)
         elif number not in self._known:
             self._known[number] = (Failure(*failure), site)
             self._unseen[number] = None
+
+    def _note_cause(self, number: int, cause: int) -> None:
+        """Keep it as long as somebody may ask: not for results that were dropped, or are none."""
+        self._causes[number] = cause
+        if len(self._causes) > self._most_causes:
+            # The newest stay: whoever has just submitted one may be about to hold its result.
+            for old in list(self._causes)[:-MOST_SEEN]:
+                if self._held(old) is None:
+                    self._causes.pop(old, None)
+            self._most_causes = max(MOST_CAUSES, 2 * len(self._causes))
 
     def note_site(self, number: int, site: Site) -> None:
         """Where the query was issued that is refused."""
@@ -56,7 +69,7 @@ class Failures:
 
     def failed(self, number: int) -> bool:
         """Whether command ``number`` failed."""
-        return any(number in failed for failed in (self._known, self._causes, self.forgotten))
+        return number in self._known or number in self._causes
 
     def cause(self, number: int) -> int:
         """The first command that failed of those that made ``number`` fail, if it did."""
@@ -64,8 +77,8 @@ class Failures:
 
     def is_seen(self, number: int) -> bool:
         """Whether somebody was told why command ``number`` failed."""
-        number = self.cause(number)
-        return number in self.forgotten or (number in self._known and number not in self._unseen)
+        cause = self.cause(number)
+        return cause not in self._unseen if cause in self._known else number in self._causes
 
     def unsee(self, number: int) -> None:
         """Nobody was told why command ``number`` failed, after all."""
@@ -75,19 +88,19 @@ class Failures:
 
     def raise_for(self, number: int) -> None:
         """Raise the failure of command ``number``, if it failed: the first cause."""
-        number = self.cause(number)
-        if number in self._known:
-            self._unseen.pop(number, None)
-            self._seen.append(number)
-            error = self._exception(*self._known[number])
+        cause = self.cause(number)
+        if cause in self._known:
+            self._unseen.pop(cause, None)
+            self._seen.append(cause)
+            error = self._exception(*self._known[cause])
             while len(self._seen) > MOST_SEEN:
                 old = self._seen.popleft()
                 if old not in self._seen and old in self._known:
+                    self._note_cause(old, old)
                     del self._known[old]
-                    self.forgotten.add(old)
             raise error
-        if number in self.forgotten:
-            raise self._long_ago(number)
+        if number in self._causes:
+            raise self._long_ago(cause)
 
     def unseen(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """(number, function that raises it) of every error that nobody has looked at."""

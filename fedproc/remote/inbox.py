@@ -25,10 +25,18 @@ _FAILED = commands.KIND[commands.Failed]
 class Inbox:
     """The replies of one worker."""
 
-    def __init__(self, worker: str, release: Callable[[int], None]) -> None:
-        """``release``: tells the worker that the blocks of an answer are not read any more."""
+    def __init__(
+        self, worker: str, release: Callable[[int], None], held: Callable[[int], object]
+    ) -> None:
+        """Nothing yet.
+
+        Args:
+            worker: its name.
+            release: tells the worker that the blocks of an answer are not read any more.
+            held: the object of a number, if somebody here has it; else None.
+        """
         self.executed = 0
-        self.failures = Failures(worker)
+        self.failures = Failures(worker, held)
         self._release = release
         self._answers: dict[int, Frame] = {}
         self._abandoned: set[int] = set()

@@ -67,7 +67,7 @@ class Link:
         self.channel, self.side, self.process = connection
         self.worker: Any = None
         self.owner = Link.here
-        self.inbox = Inbox(name, self.release)
+        self.inbox = Inbox(name, self.release, self.handle)
         self.outbox = Outbox(self.channel, self.inbox, numbers)
         self.failures = self.inbox.failures
         self.trash = self.outbox.trash

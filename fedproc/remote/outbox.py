@@ -104,11 +104,8 @@ class Outbox:
         """Ids of dropped pointers; they stay in the trash until their frame is on its way."""
         # By index: making an iterator may start the collector, whose finalizers add to the trash.
         dropped = [self.trash[at] for at in range(min(len(self.trash), frames.MOST_FREES))]
-        forgotten = self._inbox.failures.forgotten
         for oid in dropped:
             self.handles.pop(oid, None)  # whoever moves an object still needs its handles
-            if forgotten:
-                forgotten.discard(oid)
         return dropped
 
     def remove(self, oid: int) -> None:
