@@ -87,11 +87,6 @@ class Crew:
         self.pace = Pace()
         self.stacking = Stacking.of(vectorize, model.module, local, rule)
 
-    def home(self, client: str) -> str:
-        """Returns the name of the worker that trains ``client``."""
-        name: str = self.data.worker_of(client).name
-        return name
-
     def homes(self, clients: Sequence[str]) -> dict[str, str]:
         """Maps clients to the names of the workers that train them.
 

@@ -134,8 +134,8 @@ def evaluate_clients(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
 
 def _per_client(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
     data, clients = crew.data, dict[str, list[str]]()
-    for client in data.clients:
-        clients.setdefault(crew.home(client), []).append(client)
+    for client, home in crew.homes(data.clients).items():
+        clients.setdefault(home, []).append(client)
     pending = [
         call_there(
             crew.trainer(name),
@@ -147,7 +147,8 @@ def _per_client(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
         for name, mine in clients.items()
     ]
     found = {client: sums for part in take_all(pending) for client, sums in part.items()}
-    return {client: combine([found[client]], data.sizes[client]) for client in data.clients}
+    sizes = data.sizes  # a copy at each access
+    return {client: combine([found[client]], sizes[client]) for client in data.clients}
 
 
 def combine(sums: Sequence[ChunkSums], rows: int) -> Evaluation:

@@ -61,8 +61,9 @@ class FederatedDataLoader:
         return self._batches(self._epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        sizes = self._data.sizes  # a copy at each access
         for client in self._by_worker():
-            rows = self._data.sizes[client]
+            rows = sizes[client]
             order = None
             if self._shuffle:
                 generator = generator_for(self._seed, epoch, client, "loader")
@@ -86,4 +87,5 @@ class FederatedDataLoader:
     def _by_worker(self) -> list[str]:
         """Lists the clients worker by worker, in the order of the cluster's workers."""
         places = {worker.name: n for n, worker in enumerate(self._data.cluster.workers)}
-        return sorted(self._data.clients, key=lambda c: places[self._data.worker_of(c).name])
+        homes = self._data.homes(self._data.clients)
+        return sorted(self._data.clients, key=lambda client: places[homes[client]])

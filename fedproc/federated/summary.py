@@ -204,7 +204,7 @@ def summarise(data: FederatedDataset) -> Summary:
 
 
 def _summarise(data: FederatedDataset) -> Summary:
-    homes = {client: data.worker_of(client).name for client in data.clients}
+    homes, sizes = data.homes(data.clients), data.sizes
     least = data.cluster.min_rows if data.private else 0
     promises = []
     for holding in data.holdings().values():
@@ -217,7 +217,7 @@ def _summarise(data: FederatedDataset) -> Summary:
     labels = sorted({label for counts in found.values() for label in counts or ()})
     return Summary(
         tuple(
-            ClientSummary(client, homes[client], data.sizes[client], _all(found[client], labels))
+            ClientSummary(client, homes[client], sizes[client], _all(found[client], labels))
             for client in data.clients
         )
     )

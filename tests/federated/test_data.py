@@ -239,6 +239,26 @@ def test_unknown_clients_and_no_clients(cluster):
         FederatedDataset({3: blobs(2)}, cluster)
 
 
+# ---------------------------------------------------------------- many clients
+
+
+def test_sizes_are_copied_once_not_for_every_client(cluster, monkeypatch):
+    data = federate(blobs(60), cluster, clients=20)
+    aggregator = Aggregator(linear(), data, LocalTraining(cross_entropy, sgd))
+    copies, copied = [], FederatedDataset.sizes.fget
+    monkeypatch.setattr(
+        FederatedDataset, "sizes", property(lambda data: copies.append(1) or copied(data))
+    )
+    for use in (
+        lambda: len(aggregator.evaluate_clients()),
+        lambda: len(data.summary()),
+        lambda: sum(1 for _ in FederatedDataLoader(data, 3)),
+    ):
+        copies.clear()
+        assert use() == 20
+        assert len(copies) == 1
+
+
 # ---------------------------------------------------------------- loader
 
 
