@@ -228,6 +228,11 @@ def _made_of(original: Any) -> Any:
     return next((c for c in type.__subclasses__(original) if original_class(c) is original), None)
 
 
+def with_article(noun: str) -> str:
+    """``noun``, as a rule the name of a class, with "a" or "an" in front (u as in "user")."""
+    return f"an {noun}" if noun[:1].lower() in {"a", "e", "i", "o"} else f"a {noun}"
+
+
 _trial = threading.local()  # on: this thread only tries whether something pickles
 
 

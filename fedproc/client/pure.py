@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedproc.errors import with_article
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from types import CodeType
@@ -172,7 +174,7 @@ def _is_function_of_torch(value: object) -> bool:
 
 def _require_constant(name: str, value: object) -> None:
     if not is_constant(value):
-        raise ImpureError(f"{name} is a {type(value).__name__}")
+        raise ImpureError(f"{name} is {with_article(type(value).__name__)}")
 
 
 def is_constant(value: object) -> bool:

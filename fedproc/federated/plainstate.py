@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedproc.errors import with_article
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,8 +48,8 @@ def encode(value: object, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return _encode_array(value, where, tensors)
     raise TypeError(
-        f"{where} is a {type(value).__name__}; only tensors, arrays, numbers, strings, None, "
-        "lists and dicts can be saved"
+        f"{where} is {with_article(type(value).__name__)}; only tensors, arrays, numbers, strings, "
+        "None, lists and dicts can be saved"
     )
 
 

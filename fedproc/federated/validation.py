@@ -14,6 +14,7 @@ from torch import nn
 from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.training import LocalTraining
 from fedproc.cluster.cluster import Cluster
+from fedproc.errors import with_article
 from fedproc.cluster.placing import closed_error
 from fedproc.federated.strategies import Strategy
 
@@ -129,7 +130,7 @@ def _kind(value: object) -> str:
         return "None"
     if inspect.isroutine(value):
         return "a function"
-    return f"a {type(value).__qualname__}"
+    return with_article(type(value).__qualname__)
 
 
 def require_reachable(min_clients: int, cohort: int) -> None:

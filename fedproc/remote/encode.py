@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedproc.errors import FedprocError, NotShippableError, PlacementError
+from fedproc.errors import FedprocError, NotShippableError, PlacementError, with_article
 from fedproc.memory.sparse import REDUCERS
 from fedproc.memory.tensors import Exporter, Packer
 from fedproc.remote.link import Link
@@ -229,7 +229,8 @@ def sent_as(function: Any) -> tuple[Any, str]:
     if kind in POINTER_TYPES:
         return function, kind.__qualname__
     if not callable(function):
-        raise TypeError(f"run needs a function to run, not a {kind.__qualname__}: {function!r}")
+        came = with_article(kind.__qualname__)
+        raise TypeError(f"run needs a function to run, not {came}: {function!r}")
     shown = str(getattr(function, "__qualname__", None) or kind.__qualname__)
     name = function_name(function)
     if name is not None:  # qualified names in torch are those of its internals; of classes not

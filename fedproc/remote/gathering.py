@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fedproc.errors import ArenaFullError
+from fedproc.errors import ArenaFullError, with_article
 from fedproc.remote import reading
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.hub import deadline_of
@@ -26,12 +26,13 @@ def pointers_among(given: Iterable[Pointer], what: str) -> list[Pointer]:
     try:
         found = iter(given)
     except TypeError as error:
-        kind = type(given).__qualname__
-        raise TypeError(f"{what} a list of pointers, not a {kind}") from error
+        came = with_article(type(given).__qualname__)
+        raise TypeError(f"{what} a list of pointers, not {came}") from error
     pointers = list(found)
     for pointer in pointers:
         if not issubclass(type(pointer), Pointer):
-            raise TypeError(f"{what} pointers, not a {type(pointer).__qualname__}")
+            came = with_article(type(pointer).__qualname__)
+            raise TypeError(f"{what} pointers, not {came}")
     return pointers
 
 

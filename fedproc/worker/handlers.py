@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedproc.errors import with_article
 from fedproc.memory.records import taken_apart
 from fedproc.memory.tensors import Exporter
 from fedproc.wire import commands, frames
@@ -126,7 +127,8 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 def _lend(host: Host, sequence: int, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"only tensors can be borrowed, not a {type_name(value)}: use fetch()")
+        kind = with_article(type_name(value))
+        raise TypeError(f"only tensors can be borrowed, not {kind}: use fetch()")
     host.adopt(value)
     if _is_one_piece(value):  # the usual case, without what only others need
         flags, exporter = frames.PLAIN, Exporter(host.arena, inline_bytes=0)

@@ -105,16 +105,16 @@ def test_the_same_seed_draws_the_same_whichever_integer_it_is():
 # ---------------------------------------------------------------- gather, as_completed
 
 NO_POINTERS = {
-    "gather": (lambda p: fp.gather([1]), "gather needs pointers, not a int"),
+    "gather": (lambda p: fp.gather([1]), "gather needs pointers, not an int"),
     "gather, some": (lambda p: fp.gather([p, 3.5]), "gather needs pointers, not a float"),
-    "gather, no list": (lambda p: fp.gather(1), "gather needs a list of pointers, not a int"),
+    "gather, no list": (lambda p: fp.gather(1), "gather needs a list of pointers, not an int"),
     "gather, a group": (
         lambda p: fp.gather([fp.group(p)]),
         "gather needs pointers, not a PointerGroup",
     ),
     "as_completed": (
         lambda p: list(fp.as_completed([3])),
-        "as_completed needs pointers, not a int",
+        "as_completed needs pointers, not an int",
     ),
     "as_completed, some": (
         lambda p: list(fp.as_completed([p, "q"])),
@@ -124,7 +124,7 @@ NO_POINTERS = {
         lambda p: fp.as_completed(None),
         "as_completed needs a list of pointers, not a NoneType",
     ),
-    "group": (lambda p: fp.group(p, 3), "a group binds pointers, not a int"),
+    "group": (lambda p: fp.group(p, 3), "a group binds pointers, not an int"),
 }
 
 
