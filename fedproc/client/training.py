@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from fedproc.client.descent import Descent
 from fedproc.client.gradients import Loss
-from fedproc.client.ranges import require_at_least, require_positive
+from fedproc.ranges import (
+    require_at_least,
+    require_count_or_none,
+    require_positive,
+    require_switch,
+    settle,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,15 +67,11 @@ class LocalTraining:
         for name in ("loss", "optimizer"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
-        if not isinstance(self.shuffle, bool):
-            raise ValueError(f"shuffle must be True or False, got {self.shuffle!r}")
-        require_at_least("epochs", self.epochs, 1)
-        if self.batch_size is not None:
-            require_at_least("batch_size", self.batch_size, 1)
-        if self.max_steps is not None:
-            require_at_least("max_steps", self.max_steps, 1)
+        require_switch("shuffle", self.shuffle)
+        settle(self, require_at_least, "epochs", least=1)
+        settle(self, require_count_or_none, "batch_size", "max_steps")
         if self.clip_grad_norm is not None:
-            require_positive("clip_grad_norm", self.clip_grad_norm)
+            settle(self, require_positive, "clip_grad_norm")
 
     def steps(self, rows: int) -> int:
         """Returns how many steps a client with ``rows`` rows takes in a round."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fedproc import ranges
 from fedproc.cluster import placing
 from fedproc.cluster.functions import functions_of
 from fedproc.errors import ClosedError, CommandTimeoutError, WorkerLostError, WorkerNotFoundError
@@ -69,13 +70,13 @@ class Cluster:
     ) -> None:
         """Start the workers."""
         names = placing.names_of(workers)
-        self.seed = placing.whole("seed", seed)
-        self.min_rows = placing.whole("min_rows", min_rows, 1)
+        self.seed = ranges.require_whole("seed", seed)
+        self.min_rows = ranges.require_at_least("min_rows", min_rows, 1)
         self.transport = transport
-        self.threads = placing.whole_or_none("threads", threads)
-        limit = placing.whole_or_none("memory_limit", memory_limit)
-        timeout = placing.seconds("start_timeout", start_timeout)
-        self._restart = placing.switch("restart", restart)
+        self.threads = ranges.require_count_or_none("threads", threads)
+        limit = ranges.require_count_or_none("memory_limit", memory_limit)
+        timeout = ranges.require_seconds("start_timeout", start_timeout)
+        self._restart = ranges.require_switch("restart", restart)
         self._owner = os.getpid()
         self._closed = False
         self._lock = threading.RLock()

@@ -5,13 +5,12 @@ worker to say.
 """
 
 import itertools
-import numbers
-import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedproc.errors import ClosedError, FedprocError, NotShippableError, WorkerLostError
 from fedproc.memory.pages import usable_cores
+from fedproc.ranges import as_whole
 from fedproc.transport.base import Transport
 from fedproc.transport.inline import InlineTransport
 from fedproc.transport.process import ProcessTransport
@@ -36,7 +35,7 @@ def names_of(workers: int | Iterable[str] | None) -> list[str]:
         workers = usable_cores()
     if isinstance(workers, str):
         raise ValueError(f"workers must be a list of names: [{workers!r}]")
-    number = _index(workers)
+    number = as_whole(workers)
     if number is not None:
         if number < 1:
             raise ValueError(f"a cluster needs at least one worker, not {number}")
@@ -64,65 +63,6 @@ def _distinct(names: list[str]) -> list[str]:
         if names.count(name) > 1:
             raise ValueError(f"the name {name!r} is given twice; every worker needs its own")
     return names
-
-
-def whole(name: str, value: object, least: int | None = None) -> int:
-    """``value`` as an int, if it is a whole number; those of NumPy are, a bool is not.
-
-    Raises:
-        ValueError: it is not, or is below ``least``.
-    """
-    number = _index(value)
-    if number is None or (least is not None and number < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise ValueError(f"{name} must be a whole number{bound}, got {value!r}")
-    return number
-
-
-def whole_or_none(name: str, value: object) -> int | None:
-    """``value`` as an int of at least 1, or None.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    number = None if value is None else _index(value)
-    if value is not None and (number is None or number < 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}")
-    return number
-
-
-def seconds(name: str, value: object) -> float:
-    """``value`` as a float above 0.
-
-    Raises:
-        ValueError: it is no such number.
-    """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if real else 0.0  # type: ignore[arg-type]  # mypy loses what it is
-    if not number > 0:  # NaN is not
-        raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
-    return number
-
-
-def switch(name: str, value: object) -> bool:
-    """``value``, if it is True or False.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _index(value: object) -> int | None:
-    """``value`` as an int; None if it is no whole number."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]  # whether it is one, is the question
-    except TypeError:
-        return None
 
 
 def make_transport(kind: str, preload: tuple[str, ...]) -> Transport:

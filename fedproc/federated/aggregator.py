@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedproc.client.ranges import require_at_least, require_seed
 from fedproc.errors import PrivacyBudgetError
 from fedproc.events import ignore
 from fedproc.federated import checkpoint, evaluation
@@ -35,6 +34,7 @@ from fedproc.federated.validation import (
     weight_of,
 )
 from fedproc.progress import ProgressBar
+from fedproc.ranges import require_at_least, require_whole
 
 if TYPE_CHECKING:
     import os
@@ -111,7 +111,7 @@ class Aggregator:
         size = cohort_size(clients_per_round, len(data.clients))
         ledger = open_ledger(privacy, len(data.clients), clients_per_round, weighting, strategy)
         if ledger is None:
-            require_reachable(min_clients, size)
+            min_clients = require_reachable(min_clients, size)
         strategy.check(local, size)
         self.data, self.local, self.strategy = data, local, strategy
         self._callbacks = callables(callbacks)
@@ -119,7 +119,7 @@ class Aggregator:
         rules = Rules(
             strategy=strategy,
             weigh=weight_of(weighting),
-            seed=require_seed(seed),
+            seed=require_whole("seed", seed),
             min_clients=min_clients if ledger is None else 0,
             retries=require_at_least("retries", retries, 0),
             deadline=require_deadline(deadline, data.cluster),
@@ -166,8 +166,8 @@ class Aggregator:
             ValueError: A value is outside of its range.
         """
         require_open(self.data.cluster, "run")
-        require_at_least("rounds", rounds, 0)
-        require_at_least("evaluate_every", evaluate_every, 1)
+        rounds = require_at_least("rounds", rounds, 0)
+        evaluate_every = require_at_least("evaluate_every", evaluate_every, 1)
         rows = None if evaluate_on is None else EvaluationRows(evaluate_on)
         last = self._course.round + rounds
         bar = ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fedproc.client.ranges import require_at_least
 from fedproc.federated.history import csv_row
+from fedproc.ranges import require_at_least, require_not_negative
 
 if TYPE_CHECKING:
     from fedproc.federated.aggregator import Aggregator
@@ -123,11 +123,9 @@ class EarlyStopping:
             raise ValueError(f"metric must be a name, got {metric!r}")
         if mode not in (None, "min", "max"):
             raise ValueError(f"mode must be 'min', 'max' or None, got {mode!r}")
-        if isinstance(min_delta, bool) or not (math.isfinite(min_delta) and min_delta >= 0):
-            raise ValueError(f"min_delta must be a finite number >= 0, got {min_delta!r}")
         self.metric = metric
         self.patience = require_at_least("patience", patience, 1)
-        self.min_delta = float(min_delta)
+        self.min_delta = require_not_negative("min_delta", min_delta)
         falling = mode == "min" or (mode is None and metric.endswith(("loss", "error")))
         self._sign = 1.0 if falling else -1.0
         self.best: float | None = None

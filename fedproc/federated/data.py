@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fedproc.client.ranges import require_at_least, require_seed
 from fedproc.client.seeding import derive_seed
 from fedproc.cluster.placing import none_left
 from fedproc.federated.holding import (
@@ -29,6 +28,7 @@ from fedproc.federated.partition import ByKey, Partition, split
 from fedproc.federated.rows import as_rows, rows_of
 from fedproc.federated.summary import Summary, summarise
 from fedproc.federated.validation import require_clients, require_cluster, require_functions
+from fedproc.ranges import require_at_least, require_whole
 
 if TYPE_CHECKING:
     from fedproc.cluster.cluster import Cluster
@@ -277,7 +277,7 @@ def federate(
     require_cluster(cluster)
     x, y = as_rows(data)
     names = _names(clients, partition, cluster)
-    rng = np.random.default_rng(derive_seed(require_seed(seed), "partition"))
+    rng = np.random.default_rng(derive_seed(require_whole("seed", seed), "partition"))
     labels = (y.float() if y.dtype == torch.bfloat16 else y).numpy()
     parts = split(partition, labels, len(names), rng)
     sources = {name: RowsSource(x, y, part) for name, part in zip(names, parts, strict=True)}
@@ -294,6 +294,6 @@ def _names(clients: int | None, partition: Partition | str, cluster: Cluster) ->
         return names
     if clients is None:
         return [worker.name for worker in cluster.workers]
-    require_at_least("clients", clients, 1)
+    clients = require_at_least("clients", clients, 1)
     width = max(3, len(str(clients - 1)))
     return [f"client-{number:0{width}d}" for number in range(clients)]

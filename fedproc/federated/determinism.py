@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedproc.client.ranges import require_at_least
 from fedproc.cluster.cluster import Cluster
+from fedproc.ranges import require_at_least
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ def verify_determinism(
     Raises:
         ValueError: No sizes, or a number below 1.
     """
-    require_at_least("rounds", rounds, 1)
+    rounds = require_at_least("rounds", rounds, 1)
     if not workers:
         raise ValueError("workers must list at least one number of workers")
     digests = {}

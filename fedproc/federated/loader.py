@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedproc.client.ranges import require_at_least, require_seed
 from fedproc.client.seeding import generator_for
+from fedproc.ranges import require_at_least, require_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ class FederatedDataLoader:
         self._batch_size = require_at_least("batch_size", batch_size, 1)
         self._shuffle = shuffle
         self._drop_last = drop_last
-        self._seed = require_seed(seed)
+        self._seed = require_whole("seed", seed)
         self._epoch = 0
 
     def __len__(self) -> int:

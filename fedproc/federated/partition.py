@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from fedproc.client.ranges import require_at_least, require_positive
+from fedproc.ranges import require_at_least, require_positive, settle
 
 Indices = npt.NDArray[np.int64]
 Labels = npt.NDArray[Any]
@@ -47,7 +47,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         """Checks the number of shards."""
-        require_at_least("per_client", self.per_client, 1)
+        settle(self, require_at_least, "per_client", least=1)
 
     def __call__(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
         """Splits the rows of ``labels`` of shape (rows,)."""
@@ -82,7 +82,7 @@ class Dirichlet:
 
     def __post_init__(self) -> None:
         """Checks both values."""
-        _require_skew(self.alpha, self.min_size)
+        _require_skew(self)
 
     def __call__(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
         """Splits the rows of ``labels`` of shape (rows,)."""
@@ -115,7 +115,7 @@ class Quantity:
 
     def __post_init__(self) -> None:
         """Checks both values."""
-        _require_skew(self.alpha, self.min_size)
+        _require_skew(self)
 
     def __call__(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
         """Splits ``len(labels)`` rows."""
@@ -240,9 +240,9 @@ def _require_rows(rows: int, clients: int, min_size: int = 1) -> None:
         )
 
 
-def _require_skew(alpha: float, min_size: int) -> None:
-    require_positive("alpha", alpha)
-    require_at_least("min_size", min_size, 0)
+def _require_skew(partition: Dirichlet | Quantity) -> None:
+    settle(partition, require_positive, "alpha")
+    settle(partition, require_at_least, "min_size", least=0)
 
 
 def _cut(rows: Indices, shares: npt.NDArray[np.float64]) -> list[Indices]:

@@ -6,17 +6,23 @@ Runs in the parent. McMahan et al., "Learning Differentially Private Recurrent L
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from fedproc.client.ranges import require_fraction, require_positive
 from fedproc.federated.accountant import require_library
 from fedproc.federated.mechanism import Ledger, Mechanism
 from fedproc.federated.strategies import Strategy
+from fedproc.ranges import (
+    as_whole,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+    require_switch,
+    settle,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,17 +69,13 @@ class DifferentialPrivacy:
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        require_positive("clip_norm", self.clip_norm)
-        require_fraction("noise_multiplier", self.noise_multiplier, below=math.inf)
-        require_positive("delta", self.delta)
-        require_fraction("delta", self.delta)
-        if not isinstance(self.adaptive, bool):
-            raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
-        require_positive("target_quantile", self.target_quantile)
-        require_fraction("target_quantile", self.target_quantile)
-        require_positive("clip_learning_rate", self.clip_learning_rate)
+        settle(self, require_not_negative, "noise_multiplier")
+        settle(self, require_positive, "clip_norm", "delta", "target_quantile")
+        settle(self, require_positive, "clip_learning_rate")
+        settle(self, require_fraction, "delta", "target_quantile")
+        require_switch("adaptive", self.adaptive)
         if self.max_epsilon is not None:
-            require_positive("max_epsilon", self.max_epsilon)
+            settle(self, require_positive, "max_epsilon")
             if self.noise_multiplier == 0:
                 raise ValueError("max_epsilon needs noise: without it epsilon is infinite")
         require_library()
@@ -101,7 +103,7 @@ def open_ledger(
     if privacy is None:
         return None
     _require_whole(privacy, clients_per_round, weighting, strategy)
-    mechanism = Mechanism(privacy, clients_per_round, clients)
+    mechanism = Mechanism(privacy, float(clients_per_round), clients)
     once, budget = mechanism.accountant.epsilon(1), privacy.max_epsilon
     if budget is not None and once > budget:
         raise ValueError(
@@ -116,7 +118,7 @@ def _require_whole(
 ) -> None:
     if not isinstance(privacy, DifferentialPrivacy):
         message = f"privacy must be a DifferentialPrivacy(…), got {privacy!r}"
-    elif not isinstance(clients_per_round, float):
+    elif as_whole(clients_per_round) is not None:
         message = (
             "privacy draws each client by itself with probability clients_per_round, and its "
             "epsilon holds for that alone: give a float such as 0.1, not the number "

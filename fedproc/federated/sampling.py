@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedproc.client.seeding import derive_seed
+from fedproc.ranges import as_real, as_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +30,11 @@ def cohort_size(clients_per_round: object, population: int) -> int:
     Raises:
         ValueError: Anything else, bool included.
     """
-    if isinstance(clients_per_round, float) and 0.0 < clients_per_round <= 1.0:
-        return max(1, round(clients_per_round * population))
-    whole = isinstance(clients_per_round, int) and not isinstance(clients_per_round, bool)
-    if whole and 1 <= clients_per_round <= population:  # type: ignore[operator]
-        return int(clients_per_round)  # type: ignore[call-overload, no-any-return]
+    count, fraction = as_whole(clients_per_round), as_real(clients_per_round)
+    if count is not None and 1 <= count <= population:
+        return count
+    if count is None and fraction is not None and 0.0 < fraction <= 1.0:
+        return max(1, round(fraction * population))
     raise ValueError(
         "clients_per_round must be a float in (0, 1] or an int from 1 to the number of clients "
         f"({population}), got {clients_per_round!r}"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fedproc.client.fixed_point import FixedPoint
-from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.trainer import Trainer
 from fedproc.federated import round as plain_round
 from fedproc.federated.strategies import Strategy
+from fedproc.ranges import require_at_least, require_positive, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,13 +50,15 @@ class SecureAggregation:
 
     def __post_init__(self) -> None:
         """Checks both values and that the package is there."""
-        if require_positive("threshold", self.threshold) > 1:
+        settle(self, require_positive, "threshold")
+        settle(self, require_at_least, "bits", least=1)
+        if self.threshold > 1:
             raise ValueError(
                 f"threshold={self.threshold!r} cannot be met: it is a part of the clients of a "
                 "round, above 0 to 1"
             )
-        if require_at_least("bits", self.bits, 1) > _MOST_BITS:
-            raise ValueError(f"bits must be an integer from 1 to {_MOST_BITS}, got {self.bits}")
+        if self.bits > _MOST_BITS:
+            raise ValueError(f"bits must be a whole number from 1 to {_MOST_BITS}, got {self.bits}")
         if importlib.util.find_spec("cryptography") is None:
             raise ImportError(
                 "SecureAggregation needs the package cryptography: pip install 'fedproc[secure]'"

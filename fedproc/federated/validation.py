@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.client.training import LocalTraining
 from fedproc.cluster.cluster import Cluster
-from fedproc.errors import with_article
 from fedproc.cluster.placing import closed_error
+from fedproc.errors import with_article
 from fedproc.federated.strategies import Strategy
+from fedproc.ranges import require_at_least, require_positive
 
 
 def require_cluster(cluster: object) -> None:
@@ -133,10 +133,16 @@ def _kind(value: object) -> str:
     return with_article(type(value).__qualname__)
 
 
-def require_reachable(min_clients: int, cohort: int) -> None:
-    """Raises ValueError unless a round of ``cohort`` clients can have so many updates."""
-    if require_at_least("min_clients", min_clients, 1) > cohort:
-        raise ValueError(f"min_clients={min_clients}, but a round draws {cohort} clients")
+def require_reachable(min_clients: object, cohort: int) -> int:
+    """Returns the number of updates that a round of ``cohort`` clients must have.
+
+    Raises:
+        ValueError: It is no number of at least 1, or the round cannot have so many.
+    """
+    least = require_at_least("min_clients", min_clients, 1)
+    if least > cohort:
+        raise ValueError(f"min_clients={least}, but a round draws {cohort} clients")
+    return least
 
 
 def require_deadline(deadline: object, cluster: Cluster) -> float | None:

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Iterable
 
 from fedproc.errors import CommandTimeoutError
+from fedproc.ranges import deadline_of
 from fedproc.remote.gathering import pointers_among
 from fedproc.remote.herald import call_soon
-from fedproc.remote.hub import deadline_of
 from fedproc.remote.pointer import Pointer
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fedproc.errors import ArenaFullError, with_article
+from fedproc.ranges import deadline_of
 from fedproc.remote import reading
 from fedproc.remote.borrows import Borrow
-from fedproc.remote.hub import deadline_of
 from fedproc.remote.link import Link
 from fedproc.remote.pointer import Pointer
 

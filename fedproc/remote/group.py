@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from fedproc.errors import PlacementError
+from fedproc.ranges import deadline_of
 from fedproc.remote.calls import torch_function
 from fedproc.remote.gathering import bring_home, gather, pointers_among
-from fedproc.remote.hub import deadline_of
 from fedproc.remote.operations import function_name
 from fedproc.remote.operators import with_operators
 from fedproc.remote.pointer import Pointer

@@ -16,13 +16,13 @@ the middle of reading or writing nobody can go on but the interrupted code: the 
 """
 
 import contextlib
-import numbers
 import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
+from fedproc.ranges import deadline_of
 from fedproc.remote.ending import reentered
 from fedproc.remote.herald import Herald
 from fedproc.remote.stalls import Stalls
@@ -74,19 +74,6 @@ def _watch(links: dict[int, Readable]) -> "tuple[dict[int, Readable], select.pol
     for fd in links:
         poll.register(fd, select.POLLIN)
     return links, poll
-
-
-def deadline_of(timeout: Any) -> float | None:
-    """When a limit of seconds from now is over, in seconds of ``time.monotonic``; None: never.
-
-    Raises:
-        ValueError: it is neither a number nor None.
-    """
-    if timeout is None:
-        return None
-    if not isinstance(timeout, numbers.Real) or timeout != timeout:  # noqa: PLR0124 - NaN
-        raise ValueError(f"timeout must be a number of seconds, or None, not {timeout!r}")
-    return time.monotonic() + float(timeout)
 
 
 class Hub:

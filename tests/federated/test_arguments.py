@@ -1,4 +1,4 @@
-"""Arguments of the federated layer that cannot be, and lists of pairs as data."""
+"""Arguments of the federated layer that cannot be, numbers, and lists of pairs as data."""
 
 import threading
 import weakref
@@ -14,7 +14,21 @@ from fedproc.errors import NotShippableError
 from fedproc.federated.aggregator import Aggregator
 from fedproc.federated.callbacks import EarlyStopping
 from fedproc.federated.data import FederatedDataset, federate
+from fedproc.federated.partition import Dirichlet, Quantity, Shards
+from fedproc.federated.privacy import DifferentialPrivacy
 from fedproc.federated.rows import as_rows
+from fedproc.federated.sampling import cohort_size
+from fedproc.federated.secure_aggregation import SecureAggregation
+from fedproc.federated.strategies import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    GeometricMedian,
+    Krum,
+    Scaffold,
+    TrimmedMean,
+)  # fmt: skip
 from tests.federated.worlds import bits, blobs, cross_entropy, linear, sgd, shards
 
 LOCAL = LocalTraining(cross_entropy, sgd)
@@ -218,3 +232,112 @@ def test_a_model_without_a_mean_is_a_value_error_as_before(inline):
     data = FederatedDataset(shards([4, 6]), inline)
     with pytest.raises(ValueError, match="nothing can be trained"):
         Aggregator(Keeper(threading.Lock()).requires_grad_(False), data, LOCAL)
+
+
+# ---------------------------------------------------------------- numbers
+
+n64, f32 = np.int64, np.float32
+
+
+def test_numbers_of_numpy_are_numbers(inline):
+    local = LocalTraining(
+        cross_entropy,
+        sgd,
+        epochs=n64(2),
+        batch_size=np.uint8(4),
+        max_steps=n64(3),
+        clip_grad_norm=f32(2),
+    )
+    data = federate(
+        blobs(40), inline, clients=n64(4), seed=n64(3), partition=Dirichlet(f32(0.5), n64(1))
+    )
+    runs = []
+    for convert in (int, np.int64):
+        aggregator = Aggregator(
+            linear(), data, local, strategy=FedAvg(lr=f32(0.5)), seed=convert(5),
+            clients_per_round=convert(3), min_clients=convert(2), retries=convert(1),
+        )  # fmt: skip
+        history = aggregator.run(convert(2), evaluate_on=blobs(20), evaluate_every=convert(2))
+        runs.append((bits(aggregator.model), [record.clients for record in history]))
+    assert runs[0] == runs[1]
+    assert [len(clients) for clients in runs[0][1]] == [3, 3]
+    assert {type(record.round) for record in history} == {int}
+
+
+RECORDS = [
+    (LocalTraining(cross_entropy, sgd, epochs=n64(2), batch_size=n64(4), max_steps=n64(3),
+                   clip_grad_norm=f32(2)),
+     {"epochs": 2, "batch_size": 4, "max_steps": 3, "clip_grad_norm": 2.0}),
+    (FedAvg(f32(0.5)), {"lr": 0.5}),
+    (FedAvgM(f32(0.5), f32(0.25)), {"lr": 0.5, "momentum": 0.25}),
+    (FedProx(f32(0.5)), {"mu": 0.5}),
+    (FedAdam(f32(0.5), f32(0.25), f32(0.5), f32(0.125)),
+     {"lr": 0.5, "beta1": 0.25, "beta2": 0.5, "tau": 0.125}),
+    (TrimmedMean(f32(0.25)), {"fraction": 0.25}),
+    (Krum(n64(1), n64(2)), {"byzantine": 1, "keep": 2}),
+    (GeometricMedian(n64(5), f32(0.5), f32(0.25)), {"steps": 5, "nu": 0.5, "tolerance": 0.25}),
+    (Scaffold(f32(0.5)), {"lr": 0.5}),
+    (Shards(n64(3)), {"per_client": 3}),
+    (Quantity(f32(0.5), n64(0)), {"alpha": 0.5, "min_size": 0}),
+    (DifferentialPrivacy(f32(2), n64(1), f32(0.25), max_epsilon=n64(4)),
+     {"clip_norm": 2.0, "noise_multiplier": 1.0, "delta": 0.25, "max_epsilon": 4.0}),
+    (SecureAggregation(f32(0.5), n64(16)), {"threshold": 0.5, "bits": 16}),
+    (EarlyStopping("loss", n64(3), f32(0.5)), {"patience": 3, "min_delta": 0.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "values"), RECORDS, ids=lambda case: type(case).__name__)
+def test_they_are_kept_as_those_of_python(record, values):
+    found = {name: getattr(record, name) for name in values}
+    assert found == values
+    assert {type(number) for number in found.values()} <= {int, float}
+
+
+@pytest.mark.parametrize("fraction", [0.5, np.float64(0.5), np.float32(0.5)])
+def test_a_fraction_of_the_clients_is_any_real_number(fraction):
+    assert cohort_size(fraction, 8) == 4
+
+
+A_COUNT = "must be a whole number of at least 1"
+NO_NUMBERS = {
+    "epochs": (lambda: LocalTraining(cross_entropy, sgd, epochs=1.5), f"epochs {A_COUNT}, got 1.5"),
+    "batch_size": (
+        lambda: LocalTraining(cross_entropy, sgd, batch_size=np.float32(2)),
+        f"batch_size {A_COUNT}, or None, got np.float32(2.0)",
+    ),
+    "max_steps": (
+        lambda: LocalTraining(cross_entropy, sgd, max_steps=0),
+        f"max_steps {A_COUNT}, or None, got 0",
+    ),
+    "mu": (
+        lambda: FedProx(float("inf")),
+        "mu must be a finite number of at least 0, got inf",
+    ),
+    "min_delta": (
+        lambda: EarlyStopping(min_delta="a"),
+        "min_delta must be a finite number of at least 0, got 'a'",
+    ),
+    "lr": (lambda: FedAvg(True), "lr must be a finite number above 0, got True"),
+    "momentum": (
+        lambda: FedAvgM(momentum=1),
+        "momentum must be a number from 0 to below 1.0, got 1",
+    ),
+    "shuffle": (
+        lambda: LocalTraining(cross_entropy, sgd, shuffle=1),
+        "shuffle must be True or False, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_such_number_is_named(name):
+    make, message = NO_NUMBERS[name]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared as a whole
+        make()
+    assert str(caught.value) == message
+
+
+def test_a_bool_is_no_seed(inline):
+    data = federate(blobs(), inline)
+    with pytest.raises(ValueError, match=r"^seed must be a whole number, got True$"):
+        Aggregator(linear(), data, LOCAL, seed=True)

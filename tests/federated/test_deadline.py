@@ -123,5 +123,5 @@ def test_inline_workers_cannot_be_ended_and_refuse_a_deadline():
 def test_bad_deadlines(value):
     with Cluster(1, transport="inline") as cluster:
         data = FederatedDataset(shards(SIZES), cluster)
-        with pytest.raises(ValueError, match="deadline must be a number above 0"):
+        with pytest.raises(ValueError, match="deadline must be a finite number above 0"):
             Aggregator(linear(), data, LOCAL, deadline=value)

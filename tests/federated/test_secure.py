@@ -195,7 +195,7 @@ def test_a_threshold_that_cannot_be_met_is_refused(threshold):
 
 @pytest.mark.parametrize("fractional", [0, 53, 2.5, True, None])
 def test_bits_outside_of_their_range_are_refused(fractional):
-    with pytest.raises(ValueError, match="bits must be an integer"):
+    with pytest.raises(ValueError, match="bits must be a whole number"):
         SecureAggregation(bits=fractional)
 
 

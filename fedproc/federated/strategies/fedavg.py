@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedproc.client.ranges import require_fraction, require_positive
 from fedproc.federated.strategies.contract import (
     State,
     Strategy,
     is_still,
     mean_of,
 )
+from fedproc.ranges import require_fraction, require_positive, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class FedAvg(Strategy):
 
     def __post_init__(self) -> None:
         """Checks the rate."""
-        require_positive("lr", self.lr)
+        settle(self, require_positive, "lr")
 
     def keeps_master(self) -> bool:
         """Says yes for steps, no for the mean itself."""
@@ -71,8 +71,8 @@ class FedAvgM(Strategy):
 
     def __post_init__(self) -> None:
         """Checks both values."""
-        require_positive("lr", self.lr)
-        require_fraction("momentum", self.momentum)
+        settle(self, require_positive, "lr")
+        settle(self, require_fraction, "momentum")
 
     def initial(self, x: Tensor) -> State:
         """Starts at rest."""

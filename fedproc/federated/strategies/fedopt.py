@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedproc.client.ranges import require_fraction, require_positive
 from fedproc.federated.strategies.contract import (
     State,
     Strategy,
     mean_of,
 )
+from fedproc.ranges import require_fraction, require_positive, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class FedAdagrad(Strategy):
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        _check(self.lr, self.tau, beta1=self.beta1)
+        _check(self, "beta1")
 
     def initial(self, x: Tensor) -> State:
         """Starts with m = 0 and v = tau^2."""
@@ -84,7 +84,7 @@ class FedAdam(Strategy):
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        _check(self.lr, self.tau, beta1=self.beta1, beta2=self.beta2)
+        _check(self, "beta1", "beta2")
 
     def initial(self, x: Tensor) -> State:
         """Starts with m = 0 and v = tau^2."""
@@ -120,7 +120,7 @@ class FedYogi(Strategy):
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        _check(self.lr, self.tau, beta1=self.beta1, beta2=self.beta2)
+        _check(self, "beta1", "beta2")
 
     def initial(self, x: Tensor) -> State:
         """Starts with m = 0 and v = tau^2."""
@@ -143,8 +143,6 @@ def _moments(x: Tensor, tau: float) -> State:
     return {"m": torch.zeros_like(x), "v": torch.full_like(x, tau**2)}
 
 
-def _check(lr: float, tau: float, **betas: float) -> None:
-    require_positive("lr", lr)
-    require_positive("tau", tau)
-    for name, beta in betas.items():
-        require_fraction(name, beta)
+def _check(strategy: Strategy, *betas: str) -> None:
+    settle(strategy, require_positive, "lr", "tau")
+    settle(strategy, require_fraction, *betas)

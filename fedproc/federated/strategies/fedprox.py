@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedproc.client.ranges import require_fraction
 from fedproc.client.rules import LocalRule, Proximal
 from fedproc.federated.strategies.contract import (
     State,
@@ -17,6 +16,7 @@ from fedproc.federated.strategies.contract import (
     mean_of,
     require_local_epochs,
 )
+from fedproc.ranges import require_not_negative, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +37,11 @@ class FedProx(Strategy):
 
     def __post_init__(self) -> None:
         """Checks the strength."""
-        require_fraction("mu", self.mu, below=float("inf"))
+        settle(self, require_not_negative, "mu")
 
     def local_rule(self) -> LocalRule:
         """Returns the proximal term."""
-        return Proximal(float(self.mu))
+        return Proximal(self.mu)
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:  # noqa: ARG002 - part of the contract
         """Moves to the mean."""

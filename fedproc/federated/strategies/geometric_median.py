@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from fedproc.client.ranges import require_at_least, require_positive
 from fedproc.federated.strategies.contract import State, Strategy, rows_of
+from fedproc.ranges import require_at_least, require_positive, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,8 @@ class GeometricMedian(Strategy):
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        require_at_least("steps", self.steps, 1)
-        require_positive("nu", self.nu)
-        require_positive("tolerance", self.tolerance)
+        settle(self, require_at_least, "steps", least=1)
+        settle(self, require_positive, "nu", "tolerance")
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:  # noqa: ARG002 - part of the contract
         """Iterates from the weighted mean."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from fedproc.client.ranges import require_at_least
 from fedproc.errors import QuorumError
 from fedproc.federated.strategies.contract import State, Strategy, rows_of
+from fedproc.ranges import require_at_least, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +38,8 @@ class Krum(Strategy):
 
     def __post_init__(self) -> None:
         """Checks both numbers."""
-        require_at_least("byzantine", self.byzantine, 0)
-        require_at_least("keep", self.keep, 1)
+        settle(self, require_at_least, "byzantine", least=0)
+        settle(self, require_at_least, "keep", least=1)
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:  # noqa: ARG002 - part of the contract
         """Averages the chosen updates.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
-from fedproc.client.ranges import require_fraction
 from fedproc.federated.strategies.contract import State, Strategy
+from fedproc.ranges import require_fraction, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ class TrimmedMean(Strategy):
 
     def __post_init__(self) -> None:
         """Checks the fraction."""
-        require_fraction("fraction", self.fraction, below=0.5)
+        settle(self, require_fraction, "fraction", below=0.5)
 
     def step(self, x: Tensor, received: Received, state: State) -> tuple[Tensor, State]:  # noqa: ARG002 - part of the contract
         """Takes the trimmed means."""

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from fedproc.client.ranges import require_positive
 from fedproc.client.rules import ControlVariates, LocalRule, plain_sgd_rate
 from fedproc.federated.strategies.contract import (
     State,
@@ -27,6 +26,7 @@ from fedproc.federated.strategies.contract import (
     mean_of,
     require_local_epochs,
 )
+from fedproc.ranges import require_positive, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Scaffold(Strategy):
 
     def __post_init__(self) -> None:
         """Checks the rate."""
-        require_positive("lr", self.lr)
+        settle(self, require_positive, "lr")
 
     def initial(self, x: Tensor) -> State:
         """Starts with c = 0."""
