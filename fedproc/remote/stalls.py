@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fedproc.errors import CommandTimeoutError, FedprocError
+from fedproc.ranges import deadline_of
 
 if TYPE_CHECKING:
     from fedproc.remote.link import Link
@@ -38,16 +39,17 @@ _HEAD = b"Stack (most recent call first):\n"
 _log = logging.getLogger("fedproc")
 
 
-def stack(link: "Link", timeout: float) -> str:
+def stack(link: "Link", timeout: float | None) -> str:
     """The Python stack of a worker's main thread, innermost call first.
 
     Raises:
+        ValueError: ``timeout`` is neither a number nor None.
         CommandTimeoutError: it did not show its stack in time; a stopped process does not.
         WorkerLostError, ClosedError: it has ended.
     """
+    deadline = deadline_of(timeout)
     link.check_process()
     link.hub.look()
-    deadline = time.monotonic() + timeout
     with link.asking:
         link.check()
         if link.process.pid == link.owner:
@@ -57,8 +59,8 @@ def stack(link: "Link", timeout: float) -> str:
         link.process.ask_stack()
         link.process.ask_stack()
         while received.count(_HEAD) < 2:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            left = _POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            if timeout is not None and left <= 0:
                 raise _unseen(link, timeout)
             received += _received(link, min(left, _POLL_SECONDS))
     return (_HEAD + received.split(_HEAD)[1]).decode(errors="replace")

@@ -112,14 +112,14 @@ class Worker:
         """SIGKILL, for tests: the process and its children end at once."""
         self.link.kill()
 
-    def stack(self, timeout: float = STACK_SECONDS) -> str:
+    def stack(self, timeout: float | None = STACK_SECONDS) -> str:
         """The Python stack of the thread that runs commands, innermost call first; busy or idle.
 
         A command that runs longer than 30 s is logged with its stack as a warning of the logger
         ``fedproc``; the environment variable ``FEDPROC_STALL_SECONDS`` changes that (0: never).
 
         Args:
-            timeout: seconds; a process that is stopped shows nothing.
+            timeout: seconds; None: as long as it lives. A process that is stopped shows nothing.
 
         Raises:
             CommandTimeoutError: nothing was shown within ``timeout``.

@@ -86,6 +86,10 @@ def test_of_a_stopped_worker(tmp_path):
         assert bob.run(abs, -1).get() == 1
 
 
+def test_without_a_limit(bob):
+    assert bob.stack(timeout=None).startswith(HEAD)
+
+
 def test_of_a_dead_worker(bob):
     bob.kill()
     with pytest.raises(fp.WorkerLostError, match="bob"):

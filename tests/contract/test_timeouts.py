@@ -79,4 +79,12 @@ def test_what_is_no_time_is_refused_and_the_object_stays(bob, x, timeout):
     for wait in (p.get, p.fetch, p.wait):
         with pytest.raises(ValueError, match="timeout must be a number of seconds, or None"):
             wait(timeout=timeout)
+    for wait in (
+        lambda: fp.gather([p], timeout),
+        lambda: fp.as_completed([p], timeout),
+        lambda: fp.group(p).wait(timeout),
+        lambda: bob.stack(timeout),
+    ):
+        with pytest.raises(ValueError, match="timeout must be a number of seconds, or None"):
+            wait()
     assert torch.equal(p.get(timeout=np.int64(60)), x)
