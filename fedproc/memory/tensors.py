@@ -124,6 +124,13 @@ def _laid_out(source: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return torch.empty_strided(source.shape, stride, dtype=source.dtype, device="cpu").copy_(source)
 
 
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Its shape; None: a nested tensor of the strided layout has none, and torch raises."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return None
+    return tuple(tensor.shape)
+
+
 class Packer:
     """Collects the tensors of one message while it is pickled."""
 

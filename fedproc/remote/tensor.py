@@ -35,7 +35,7 @@ class TensorPointer(Operand, kind="tensor"):
     def shape(self) -> torch.Size:
         """Shape of the remote tensor."""
         shape = facts(self)["shape"]
-        if shape is None:  # it would tell private values: the worker refuses, and notes it
+        if shape is None:  # torch has none, or it would tell private values: the worker refuses
             shape = compute("builtins.getattr", (self, "shape"), what="shape")
         return torch.Size(shape)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedproc.errors import PlacementError
+from fedproc.memory.tensors import shape_of
 from fedproc.remote.calls import run_there
 from fedproc.remote.encode import Outgoing, labels_of, sent_as
 from fedproc.remote.group import PointerGroup
@@ -281,7 +282,7 @@ def put(
         leaf = value.grad_fn is None
         handle.facts = {
             "kind": "tensor",
-            "shape": tuple(value.shape),
+            "shape": shape_of(value),
             "dtype": value.dtype,
             "device": value.device,
             "requires_grad": leaf and value.requires_grad,

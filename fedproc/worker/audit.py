@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from fedproc.memory.tensors import shape_of
 from fedproc.worker.store import Entry
 
 MOST_RECORDS: Final = 10_000
@@ -59,5 +60,5 @@ def _told(entry: Entry) -> tuple[int | None, str, tuple[int, ...] | None]:
     value = entry.value
     oid = entry.ids[0] if entry.ids else None
     if isinstance(value, torch.Tensor):
-        return oid, "Tensor", tuple(value.shape) if entry.open_shape else None
+        return oid, "Tensor", shape_of(value) if entry.open_shape else None
     return oid, type(value).__name__ if entry.open_shape else "object", None

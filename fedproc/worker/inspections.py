@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedproc.errors import NotPermittedError
+from fedproc.memory.tensors import shape_of
 from fedproc.worker import privacy
 from fedproc.worker.host import Host
 from fedproc.worker.registered import Registered
@@ -19,7 +20,7 @@ def description(value: Any) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         return {
             "kind": "tensor",
-            "shape": tuple(value.shape),
+            "shape": shape_of(value),
             "dtype": value.dtype,
             "device": value.device,
             "requires_grad": value.requires_grad,
@@ -65,7 +66,7 @@ def _information(entry: Entry) -> dict[str, Any]:
     return {
         "id": entry.ids[0],
         "type": type_name(value),
-        "shape": None if tensor is None or hidden else tuple(tensor.shape),
+        "shape": None if tensor is None or hidden else shape_of(tensor),
         "dtype": None if tensor is None else tensor.dtype,
         "nbytes": 0 if hidden else sum(_tensor_bytes(value)),
         "tags": entry.tags,

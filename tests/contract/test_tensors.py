@@ -170,3 +170,24 @@ def _check_special_result(bob, make):
     else:
         assert _described(home) == _described(make())
         assert len(bob.objects) == 0
+
+
+def _parts(nested):
+    return [part.tolist() for part in nested.unbind()]
+
+
+def _nested():
+    return torch.nested.nested_tensor([torch.ones(2), torch.arange(3.0)], layout=torch.strided)
+
+
+def test_nested_tensors_have_no_shape_and_go_where_others_go(bob, alice):
+    p = bob.send(_nested())
+    assert _parts(p.fetch()) == [[1.0, 1.0], [0.0, 1.0, 2.0]]
+    assert repr(p) == f"<TensorPointer {p.id} on bob>"
+    for pointer in (p, bob.run(_nested), bob.run(_nested).move(alice)):
+        assert _parts((pointer * 2).fetch()) == [[2.0, 2.0], [0.0, 2.0, 4.0]]
+        assert pointer.to_padded_tensor(7.0).tolist() == [[1.0, 1.0, 7.0], [0.0, 1.0, 2.0]]
+        assert pointer.worker.objects[pointer.id].shape is None
+        assert pointer.worker.objects[pointer.id].nbytes == 20
+        with pytest.raises(fp.RemoteError):  # as of torch, where such a tensor has none
+            pointer.shape  # noqa: B018
