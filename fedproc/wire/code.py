@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 import cloudpickle
+from cloudpickle.cloudpickle import _make_skeleton_class
 
 
 def travels_by_name(thing: Any) -> bool:
@@ -109,12 +110,33 @@ def dumps(thing: Any) -> bytes:
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # has no types
-    """Names modules of a class of their own, too, such as ``torch.backends.cudnn``."""
+    """Names modules of a class of their own, too, such as ``torch.backends.cudnn``.
+
+    Classes with ``__slots__`` have them in the other process.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
-        """As of the base, but for such modules."""
+        """As of the base, but for such modules and classes."""
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             name = str(obj.__name__)
             if sys.modules.get(name) is obj:
                 return importlib.import_module, (name,)
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(reduced, tuple) and reduced[0] is _make_skeleton_class:
+            return _with_slots(obj.__dict__.get("__slots__"), *reduced)
+        return reduced
+
+
+def _with_slots(slots: Any, make: Any, arguments: Any, state: Any, *rest: Any) -> tuple[Any, ...]:
+    """How a class is made, with its slots from the start.
+
+    cloudpickle sets ``__slots__`` when the class is made already: its instances have a dict then,
+    and do not come home to the class that has none.
+    """
+    if isinstance(slots, (str, tuple, list, dict)):  # an iterator has given all it had
+        attributes, more = state
+        attributes.pop("__slots__", None)
+        constructor, name, bases, keywords, *others = arguments
+        arguments = (constructor, name, bases, {**keywords, "__slots__": slots}, *others)
+        state = (attributes, more)
+    return make, arguments, state, *rest

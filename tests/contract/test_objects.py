@@ -1,6 +1,7 @@
 """Pointers to anything else: methods, attributes, items, truth; optimizers as objects."""
 
 import collections
+import copyreg
 import functools
 
 import numpy as np
@@ -230,3 +231,69 @@ def test_attributes_are_not_set_behind_the_users_back(bob):
     later = bob.run(Holder)
     with pytest.raises(AttributeError, match="cannot be set through the pointer"):
         later.n = 5
+
+
+def _slotted():
+    """Classes that travel by value: plain, with a text, inherited, empty, with names of its own."""
+
+    class Plain:
+        __slots__ = ("a", "b")
+
+        def __init__(self):
+            self.a, self.b = 1, torch.ones(2)
+
+    class One:
+        __slots__ = "a"  # noqa: PLC0205 - a text is one name
+
+        def __init__(self):
+            self.a = 1
+
+    class Below(One):
+        __slots__ = ("__weakref__", "c")
+
+        def __init__(self):
+            super().__init__()
+            self.c = 2
+
+    class Open(One):
+        def __init__(self):
+            super().__init__()
+            self.d = 3
+
+    class Hidden:
+        __slots__ = ("__own",)
+
+        def __init__(self):
+            self.__own = 1
+
+    class Empty:
+        __slots__ = ()
+
+    class BelowEmpty(Empty):
+        __slots__ = ()
+
+    class Explained:
+        __slots__ = {"a": "what it is for"}
+
+        def __init__(self):
+            self.a = 1
+
+    return [Plain, One, Below, Open, Hidden, Empty, BelowEmpty, Explained]
+
+
+@pytest.mark.parametrize("cls", _slotted(), ids=lambda cls: cls.__name__)
+def test_objects_with_slots_come_home(bob, alice, cls):
+    def held(thing):
+        return {name: getattr(thing, name) for name in copyreg._slotnames(type(thing))}
+
+    def is_open(thing):
+        return hasattr(thing, "__dict__")
+
+    made = cls()
+    for pointer in (bob.send(made), bob.run(cls), bob.send(made).move(alice)):
+        there = pointer.worker
+        assert there.run(is_open, pointer).get() == is_open(made)
+        home = pointer.fetch()
+        assert type(home) is cls
+        assert str(held(home)) == str(held(made))
+        assert getattr(home, "__dict__", {}) == getattr(made, "__dict__", {})
