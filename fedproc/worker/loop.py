@@ -14,7 +14,7 @@ from fedproc.errors import NotPermittedError
 from fedproc.memory.lending import lend_from
 from fedproc.transport.channel import SPIN_SECONDS, Channel, Lookout
 from fedproc.wire import commands
-from fedproc.wire.frames import Frame, ProtocolError
+from fedproc.wire.frames import KEEP, Frame, ProtocolError
 from fedproc.worker import failure, privacy
 from fedproc.worker.handlers import HANDLERS
 from fedproc.worker.host import Host
@@ -206,7 +206,8 @@ class Loop:
             told = failure.describe(error, private=privacy.any_private(host.used))
             if isinstance(error, NotPermittedError) and failure.is_ours(error):
                 self._log_refusal(frame, error)
-        if frame.kind not in _NO_RESULT and not _QUERY[frame.kind]:
+        keeps = frame.flags & KEEP if frame.kind == _CALL else frame.kind not in _NO_RESULT
+        if keeps and not _QUERY[frame.kind]:
             host.store.bury(frame.sequence, cause)
         if _QUERY[frame.kind]:
             host.reply(commands.Refusal(cause, told), frame.sequence)

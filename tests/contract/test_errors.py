@@ -202,6 +202,26 @@ def test_unseen_errors_of_commands_without_result_are_raised(cluster, bob, x):
     assert torch.equal(p.get(), x)
 
 
+def test_failed_commands_without_result_leave_nothing_in_the_worker(cluster, bob, x):
+    def tombstones():
+        import gc
+
+        from fedproc.worker.store import Tombstone
+
+        return sum(type(thing) is Tombstone for thing in gc.get_objects())
+
+    p, before = bob.send(x), bob.run(tombstones).get()
+    for _ in range(3):
+        p[7] = 0.0
+    later = p.view(7)
+    assert bob.run(tombstones).get() - before == 1
+    for _ in range(3):
+        with pytest.raises(IndexError):
+            cluster.wait()
+    with pytest.raises(fp.RemoteError):
+        later.wait()
+
+
 def test_seen_errors_are_not_raised_again(cluster, bob):
     bad = bob.run(things.fail, "seen")
     later = bad + 1
