@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fedproc.errors import FedprocError
 from fedproc.memory.copying import fresh
 from fedproc.memory.lending import room_in
-from fedproc.remote import reading
+from fedproc.remote import lending, reading
 from fedproc.remote.calls import fold
 from fedproc.remote.worker import put
 
@@ -110,7 +110,7 @@ def see(promise: Promise, timeout: float | None = None) -> Update | Updates:
 
 def give_back(promise: Promise) -> None:
     """Lets the worker have the memory of updates that were seen."""
-    promise.link.give_back(promise.query)
+    lending.give_back(promise.link, promise.query)
 
 
 def take_all(promises: Sequence[Promise]) -> list[Any]:

@@ -17,6 +17,7 @@ class Borrow:
     def __init__(self, *, scoped: bool) -> None:
         """``scoped``: the user holds it in a ``with`` block, which is his code to the end."""
         self.query = 0
+        self.answered = True  # its query is one; else the memory is read without an answer
         self.exported = True  # blocks of the worker, as far as is known
         self.scoped = scoped
         self.thread = threading.get_ident()
@@ -30,7 +31,7 @@ class Borrow:
     def __del__(self) -> None:
         """An interrupt took away whoever would have ended it: leave a note, as all finalizers."""
         if self._among is not None:
-            self._among.orphans.append(self.query)
+            self._among.orphans.append((self.query, self.answered))
 
 
 class Borrows:
@@ -40,7 +41,7 @@ class Borrows:
         """None yet."""
         # By the number of the query; weakly: one that was interrupted is gone with who held it.
         self.reading: dict[int, weakref.ref[Borrow]] = {}
-        self.orphans: deque[int] = deque()  # queries of those
+        self.orphans: deque[tuple[int, bool]] = deque()  # queries of those, whether answered
 
     def begin(self, borrow: Borrow, query: int) -> None:
         """The query is sent: ``query`` is its number."""

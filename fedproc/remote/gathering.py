@@ -120,7 +120,7 @@ def _ask(pointer: Pointer) -> "_Asked | _Failed":
         handle = pointer._data()
         link, oid = handle.link, handle.oid
         is_news = not link.failures.is_seen(oid)
-        return _Asked(link, reading.start(handle, "gather"), oid, is_news)
+        return _Asked(link, reading.start(link, handle, "gather"), oid, is_news)
     except Exception as error:  # noqa: BLE001 - raised when all have been waited for
         return _Failed(error)
 

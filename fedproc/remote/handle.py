@@ -25,6 +25,7 @@ class Handle:
     taken: tuple[int, object] | None = None  # the thread that brings it home or moves it
     facts: dict[str, Any] | None = None  # kind, shape ... as last told
     facts_at = -1  # link.outbox.writes when they were
+    place: tuple[int, list[Any]] | None = None  # see ``reading._lent``
     labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
     whole: "Handle | None" = None  # of what this is a part, and where in it
     path: tuple[Any, ...] = ()
@@ -102,6 +103,7 @@ class Handle:
         self.link.outbox.handles.pop(self.oid, None)
         self.link, self.oid, self.number = link, oid, number
         self.facts_at = -1  # a cut graph changes requires_grad and is_leaf
+        self.place = None
         link.note(self)
 
     def drop(self) -> None:

@@ -26,7 +26,6 @@ from typing import Any, NoReturn
 from fedproc.errors import FedprocError, WorkerLostError
 from fedproc.memory import pages
 from fedproc.memory.arena import Arena, Mapped
-from fedproc.remote.borrows import Borrow
 from fedproc.remote.ending import ENDED, closed, forked, late, lost, reentered
 from fedproc.remote.handle import Handle
 from fedproc.remote.hub import Hub
@@ -77,6 +76,7 @@ class Link:
         self.end: FedprocError | None = None
         self.lost_seen = True
         self.lockstep: float | None = 0.0
+        self.keeps_private = False  # since something private was sent there or made there
         self.closing = False  # the cluster ends: a dead process is no news
         self.asking = threading.Lock()  # whoever reads its stack
         self._dead_looks = 0
@@ -268,28 +268,6 @@ class Link:
         """Nothing that the worker says can be believed any more."""
         self.process.kill()
         self.lose(f"its stream is out of step ({error}), so it was ended")
-
-    # ---- borrowing
-
-    def lend(self, borrow: Borrow, message: Message, site: Site) -> None:
-        """Send a query that exports memory; from it on, commands that may write wait."""
-        self.check_process()
-        with self.outbox.lock:  # nobody gets a write in between
-            query = self.submit(message, site, urgent=True)
-            try:
-                self.outbox.borrows.begin(borrow, query)
-            except BaseException:  # Ctrl-C: the borrow does not know its number yet
-                self.inbox.abandon(query)
-                raise
-
-    def free_to_write(self, borrow: Borrow) -> None:
-        """A copy is read: what waits for this borrow goes out, its blocks stay."""
-        self.outbox.borrows.read_a_copy(borrow)
-        self.outbox.go_on()
-
-    def give_back(self, borrow: Borrow) -> None:
-        """The end of a borrow: what waited for it goes out."""
-        self.outbox.give_back(borrow)
 
     def release(self, query: int) -> None:
         """The blocks that answered ``query`` are not read any more.

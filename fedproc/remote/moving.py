@@ -12,6 +12,7 @@ from typing import Any
 
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
+from fedproc.remote.lending import free_to_write, give_back, lend
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
 from fedproc.remote.site import Site, caller
@@ -73,10 +74,10 @@ def _carry(
     message = plain(commands.Export(handle.oid, copy), "move")
     borrow = Borrow(scoped=False)
     try:
-        source.lend(borrow, message, site)
+        lend(source, borrow, message, site)
         flags, payload, ids, cut, optimizer, labels = source.answer(borrow.query, "move")
         if copy:
-            source.free_to_write(borrow)
+            free_to_write(source, borrow)
         attaching = _attach(source, target)
         record = commands.Import(slot, source.arena_name, flags, payload, *labels)
         with target.outbox.lock:
@@ -86,7 +87,7 @@ def _carry(
         _answer(source, target, number, attaching, kept=slot != 0)
         source.outbox.remove_at_once(handle.oid)
     finally:
-        source.give_back(borrow)
+        give_back(source, borrow)
     return number, ids, cut, optimizer
 
 

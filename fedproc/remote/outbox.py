@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 
-from fedproc.remote.borrows import Borrow, Borrows
+from fedproc.remote.borrows import Borrows
 from fedproc.remote.handle import Handle
 from fedproc.remote.inbox import Inbox
 from fedproc.remote.message import Message, plain
@@ -149,9 +149,9 @@ class Outbox:
     def tidy(self) -> None:
         """Send the frees of dropped pointers, if no command took them along."""
         while self.borrows.orphans:
-            query = self.borrows.orphans.popleft()
+            query, answered = self.borrows.orphans.popleft()
             self.borrows.reading.pop(query, None)
-            self._inbox.abandon(query)
+            (self._inbox.abandon if answered else self.release)(query)
         if self.trash or self._held:
             with self.lock:
                 while self.trash:
@@ -171,14 +171,6 @@ class Outbox:
             return number >= self._held[0][0]
         except IndexError:
             return False
-
-    def give_back(self, borrow: Borrow) -> None:
-        """The end of a borrow: what waited for it goes out. Ending it twice does nothing."""
-        if borrow.lasts:
-            if borrow.exported:  # first: Ctrl-C in between releases twice, which does no harm
-                self.release(borrow.query)
-            self.borrows.end(borrow)
-        self.go_on()
 
     def go_on(self) -> None:
         """Send what waits for no borrow any more."""

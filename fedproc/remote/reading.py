@@ -18,6 +18,7 @@ from fedproc.remade import attributes
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
+from fedproc.remote.lending import free_to_write, give_back, lend, lend_again
 from fedproc.remote.link import Link
 from fedproc.remote.message import Message, plain
 from fedproc.remote.site import caller
@@ -31,26 +32,28 @@ Load = Callable[[Link, Place], torch.Tensor]
 """How the bytes of a tensor become one."""
 
 
-def start(handle: Handle, what: str) -> Borrow:
-    """Ask for a value; what could change it on the way waits until ``finish``."""
+def start(link: Link, handle: Handle, what: str) -> Borrow:
+    """Ask for a value; what could change it on the way waits until ``finish``.
+
+    ``link``: of the handle, which another thread may move meanwhile: the answer comes from there.
+    """
     borrow = Borrow(scoped=False)
-    _ask(borrow, handle, what)
+    _ask(link, borrow, handle, what)
     return borrow
 
 
 def asked(link: Link, message: Message) -> Borrow:
     """Send a question whose answer may lie in the worker's memory; ``finish`` takes it."""
     borrow = Borrow(scoped=False)
-    link.lend(borrow, message, caller())
+    lend(link, borrow, message, caller())
     if link.lockstep != 0.0:  # it takes time, as no other question does
         link.keep_step(borrow.query)
     return borrow
 
 
-def _ask(borrow: Borrow, handle: Handle, what: str, *, lent: bool = False) -> None:
+def _ask(link: Link, borrow: Borrow, handle: Handle, what: str, *, lent: bool = False) -> int:
     handle.check()
-    message = plain(commands.Fetch(handle.oid, lent), what)
-    handle.link.lend(borrow, message, caller())
+    return lend(link, borrow, plain(commands.Fetch(handle.oid, lent), what), caller())
 
 
 def has_arrived(link: Link, number: int) -> bool:
@@ -76,11 +79,11 @@ def finish_with_ids(
         borrow.exported = bool(flags & frames.EXPORTED)
         return _decode(link, what, flags, body), ids
     finally:
-        link.give_back(borrow)
+        give_back(link, borrow)
 
 
 def seen(link: Link, borrow: Borrow, what: str, timeout: float | None = None) -> Any:
-    """The value asked for, whose first tensor lies in the worker until ``link.give_back(borrow)``.
+    """The value asked for, whose first tensor lies in the worker until ``give_back``.
 
     For fedproc itself, which does not write to it; all others are copies. Commands that may write
     need not wait: the worker must not change the value any more.
@@ -95,20 +98,22 @@ def seen(link: Link, borrow: Borrow, what: str, timeout: float | None = None) ->
 
         found = _decode(link, what, flags, body, load)
     except BaseException:
-        link.give_back(borrow)
+        give_back(link, borrow)
         raise
-    link.free_to_write(borrow)
+    free_to_write(link, borrow)
     return found
 
 
 def value(handle: Handle, what: str, timeout: float | None = None) -> Any:
     """A private copy of a remote value."""
-    return finish(handle.link, start(handle, what), what, timeout)
+    link = handle.link
+    return finish(link, start(link, handle, what), what, timeout)
 
 
 def taken(handle: Handle, timeout: float | None) -> tuple[Any, tuple[int, ...]]:
     """A private copy of a remote value, and all ids it has: each may have a handle of its own."""
-    return finish_with_ids(handle.link, start(handle, "get"), "get", timeout)
+    link = handle.link
+    return finish_with_ids(link, start(link, handle, "get"), "get", timeout)
 
 
 async def awaited(pointer: "Pointer") -> Any:
@@ -119,12 +124,13 @@ async def awaited(pointer: "Pointer") -> Any:
     """
     try:
         handle = pointer._handle
-        link, borrow = handle.link, start(handle, "await")
+        link = handle.link
+        borrow = start(link, handle, "await")
         try:
             await executed(link, borrow.query)
         except BaseException:  # cancelled: the answer is of no use to anybody
             link.inbox.abandon(borrow.query)
-            link.give_back(borrow)
+            give_back(link, borrow)
             raise
         return finish(link, borrow, "await")
     except StopIteration as error:
@@ -142,15 +148,40 @@ def lent(pointer: "Pointer") -> Iterator[torch.Tensor]:
     link = handle.link
     borrow = Borrow(scoped=True)
     try:
-        _ask(borrow, handle, "borrow", lent=True)
-        flags, body, _ = link.answer(borrow.query, "borrow")
-        if flags & frames.PLAIN:  # one piece of memory
-            place, dtype, shape = body
-            yield _mapped(link, place).view(dtype).view(shape)
-        else:
-            yield _decode(link, "borrow", flags, body, _mapped).detach()
+        yield _lent(link, borrow, handle)
     finally:
-        link.give_back(borrow)
+        give_back(link, borrow)
+
+
+def _lent(link: Link, borrow: Borrow, handle: Handle) -> torch.Tensor:
+    """Asks where a tensor lies only if something may have moved it: an answer is two wake-ups.
+
+    Until then ``handle.place`` holds it: (link.outbox.writes when it was told, [place, dtype,
+    shape]).
+    """
+    handle.check()
+    told = _lent_again(link, borrow, handle)
+    if told is None:
+        writes = _ask(link, borrow, handle, "borrow", lent=True)
+        flags, body, _ = link.answer(borrow.query, "borrow")
+        if not flags & frames.PLAIN:
+            whole: torch.Tensor = _decode(link, "borrow", flags, body, _mapped)
+            return whole.detach()
+        *told, stays = body  # one piece of memory
+        if stays:
+            handle.place = writes, told
+    place, dtype, shape = told
+    return _mapped(link, place).view(dtype).view(shape)
+
+
+def _lent_again(link: Link, borrow: Borrow, handle: Handle) -> list[Any] | None:
+    """Where a tensor lies, if that is known; it is held there then."""
+    known = handle.place
+    if known is None:
+        return None
+    writes, told = known
+    message = plain(commands.Lend(handle.oid, told[0]), "borrow")
+    return told if lend_again(link, borrow, message, caller(), writes) else None
 
 
 def computed(link: Link, number: int, what: str, timeout: float | None) -> Any:

@@ -180,6 +180,8 @@ class Worker:
             NotShippableError: something cannot be pickled.
         """
         function, what = sent_as(fn)
+        if private:
+            self.link.keeps_private = True
         return run_there(
             PendingPointer,
             function,
@@ -229,6 +231,7 @@ class Worker:
     def clear(self) -> "Worker":
         """Forget all objects; pointers to them raise ObjectGoneError from now on."""
         self._inspect("clear")
+        self.link.outbox.writes += 1  # what is known of objects is not so any more
         for reference in list(self.link.outbox.handles.values()):
             handle = reference()
             if handle is not None:
@@ -266,6 +269,8 @@ def put(
     """Keep ``value`` as a new object; a pointer of its kind. ``more``: see ``Link.submit``."""
     link.check()
     outgoing = Outgoing(what, link)
+    if private:
+        link.keeps_private = True
     flags = 0 if private else frames.SHARED
     message = outgoing.encode(commands.Put, (value, private, tags, description), flags)
     if outgoing.cut_graph:

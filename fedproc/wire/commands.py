@@ -49,6 +49,13 @@ class Fetch(NamedTuple):
     lent: bool = False  # a tensor's own memory is asked for, no copy
 
 
+class Lend(NamedTuple):
+    """Hold a tensor where the parent knows that it lies, until ``Release``: it reads already."""
+
+    target: int
+    place: tuple[int, int]
+
+
 class Export(NamedTuple):
     """Query: where the bytes of an object are, for another worker to copy them.
 
@@ -189,7 +196,7 @@ class Failure(NamedTuple):
 
 COMMANDS: tuple[type[Any], ...] = (
     Call, Put, Compute, Fetch, Export, Import, Describe, Part, Free, Release, Slot,
-    Define, Attach, Inspect, Stop,
+    Define, Attach, Inspect, Lend, Stop,
 )  # fmt: skip
 REPLIES: tuple[type[Any], ...] = (Ready, Done, Value, Refusal, Failed)
 KIND: dict[type[Any], int] = {

@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedproc.errors import with_article
-from fedproc.memory.records import taken_apart
-from fedproc.memory.tensors import Exporter
 from fedproc.wire import commands, frames
 from fedproc.wire.frames import Frame
 from fedproc.worker import parts, privacy
 from fedproc.worker.host import Host
-from fedproc.worker.inspections import INSPECTIONS, told, type_name
+from fedproc.worker.inspections import INSPECTIONS, told
+from fedproc.worker.leaving import answer, hold, lend_out
 from fedproc.worker.running import run, with_objects
 from fedproc.worker.shapes import shape_is_open, tells_only_shape
 from fedproc.worker.store import Domain
 
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 _WRITTEN = {"fedproc.worker.parts.truth": "bool", "operator.contains": "in"}
 
 
@@ -69,7 +66,7 @@ def compute(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     if private and not tells_only_shape(command, private):
         raise privacy.refused(_as_written(command), private[0].ids[0], host.spec.name)
     result = run(host, command.function, command.args, command.kwargs, command.modes)
-    _answer(host, frame.sequence, result)
+    answer(host, frame.sequence, result)
 
 
 def _fold(host: Host, sequence: int, command: commands.Compute) -> None:
@@ -81,7 +78,7 @@ def _fold(host: Host, sequence: int, command: commands.Compute) -> None:
     private = [entry for entry in host.used if entry.domain.private]
     if private and not method:
         raise privacy.refused("get", private[0].ids[0], host.spec.name)
-    nbytes = _answer(host, sequence, result, ())
+    nbytes = answer(host, sequence, result, ())
     if private:
         host.audit.left(method, private[0], sequence, nbytes)
 
@@ -120,57 +117,24 @@ def fetch(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
     host.used.append(entry)
     privacy.may_leave(entry, "borrow" if command.lent else "get", host.spec.name)
     if command.lent:
-        _lend(host, frame.sequence, entry.value)
+        lend_out(host, frame.sequence, entry.value)
     else:
-        _answer(host, frame.sequence, entry.value, tuple(entry.ids))
+        answer(host, frame.sequence, entry.value, tuple(entry.ids))
 
 
-def _lend(host: Host, sequence: int, value: Any) -> None:
-    if not isinstance(value, torch.Tensor):
-        kind = with_article(type_name(value))
-        raise TypeError(f"only tensors can be borrowed, not {kind}: use fetch()")
-    host.adopt(value)
-    if _is_one_piece(value):  # the usual case, without what only others need
-        flags, exporter = frames.PLAIN, Exporter(host.arena, inline_bytes=0)
-        place = exporter(value.detach(), value.stride())
-        body: Any = (place, value.dtype, tuple(value.shape))
-    else:
-        flags, body, exporter = host.encode(value.detach(), inline_bytes=0)
-    host.exports[sequence] = exporter
-    host.reply(commands.Value((flags | frames.EXPORTED, body, ())), sequence)
+def lend(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
+    """Hold what the parent reads already: nothing that it knows of has changed since it was told.
 
-
-def _is_one_piece(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie in memory as they are, one after the other."""
-    return (
-        type(tensor) in (torch.Tensor, nn.Parameter)
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
-        and tensor.numel() > 0
-    )
-
-
-def _answer(host: Host, sequence: int, value: Any, *more: Any) -> int:
-    """Answer with a value; bytes that leave."""
-    if type(value) in _PLAIN:
-        host.reply(commands.Value((frames.PLAIN, value, *more)), sequence)
-        return 0
-    record = taken_apart(value)
-    flags, body, exporter = host.encode(value) if record is None else _record(host, *record)
-    if exporter.exported:
-        host.exports[sequence] = exporter
-        flags |= frames.EXPORTED
-    return host.reply(commands.Value((flags, body, *more)), sequence) + exporter.nbytes
-
-
-def _record(
-    host: Host, name: str, tensor: torch.Tensor, rest: tuple[Any, ...]
-) -> tuple[int, Any, Exporter]:
-    """What ``Host.encode`` gives, of a record: see ``memory.records``."""
-    exporter = Exporter(host.arena)
-    place = exporter(tensor, tensor.stride())
-    return frames.RECORD, (name, place, tensor.dtype, tuple(tensor.shape), rest), exporter
+    Raises:
+        RuntimeError: the tensor lies elsewhere, so the parent reads something else.
+    """
+    command = commands.Lend(*fields)
+    entry = host.store.entry(command.target)
+    host.used.append(entry)
+    privacy.may_leave(entry, "borrow", host.spec.name)
+    place, _ = hold(host, frame.sequence, entry.value)
+    if place != command.place:
+        raise RuntimeError(f"object {command.target} lies at {place!r}, not at {command.place!r}")
 
 
 def export(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
@@ -289,6 +253,6 @@ def stop(host: Host, frame: Frame, fields: tuple[Any, ...]) -> None:
 
 HANDLERS: tuple[Callable[[Host, Frame, tuple[Any, ...]], None], ...] = (
     call, put, compute, fetch, export, import_, describe, part, free, release, slot,
-    define, attach, inspect, stop,
+    define, attach, inspect, lend, stop,
 )  # fmt: skip
 """In the order of ``commands.COMMANDS``."""

@@ -32,7 +32,8 @@ _QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
 _NO_RESULT = frozenset(
     commands.KIND[record]
     for record in (
-        commands.Free, commands.Release, commands.Define, commands.Attach, commands.Stop
+        commands.Free, commands.Release, commands.Define, commands.Attach, commands.Lend,
+        commands.Stop,
     )
 )  # fmt: skip
 

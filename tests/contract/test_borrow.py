@@ -1,5 +1,6 @@
 """borrow: zero-copy reading for the length of a block."""
 
+import os
 import time
 
 import psutil
@@ -165,10 +166,99 @@ def test_nothing_is_kept_of_what_was_read(bob, x):
 
 def test_nothing_is_kept_of_a_borrow_that_an_interrupt_took_away(bob, x):
     p, borrows = bob.send(x), bob.link.outbox.borrows
-    borrow = start(p._handle, "fetch")
+    borrow = start(bob.link, p._handle, "fetch")
     assert list(borrows.reading) == [borrow.query]
     del borrow  # as an interrupt does
     bob.link.tidy()
     assert borrows.reading == {}
     assert not borrows.orphans
     assert p.add_(1).get().tolist() == [2.0, 3.0, 4.0]
+
+
+def test_borrowing_again_needs_no_answer(bob, x):
+    p = bob.send(x)
+    with p.borrow():
+        pass
+    process = psutil.Process(bob.pid)
+    if bob.pid == os.getpid():
+        pytest.skip("an inline worker cannot be stopped")
+    process.suspend()
+    try:
+        with p.borrow() as t:
+            assert torch.equal(t, x)
+    finally:
+        process.resume()
+
+
+def test_what_is_borrowed_again_stays_where_it_is(bob):
+    local = torch.arange(100_000.0)
+    p = bob.send(local)
+    with p.borrow():
+        pass
+    with p.borrow() as t:
+        p.get()
+        bob.send(-local).wait()  # would take the place of the object that went home
+        assert torch.equal(t, local)
+    assert torch.equal(bob.send(local).get(), local)
+
+
+def test_a_copy_that_was_borrowed_is_not_taken_for_the_tensor(bob):
+    whole = bob.run(torch.arange, 100_000)
+    part = whole[10:]  # a view: it does not lie in shared memory, so a copy is lent
+    for _ in range(3):
+        with part.borrow() as t:
+            bob.send(torch.zeros(99_990, dtype=torch.int64)).wait()
+            assert torch.equal(t, torch.arange(10, 100_000))
+    bob.run(abs, 1).get()
+
+
+REPLACED = {
+    "data": lambda p, other: setattr(p, "data", other),
+    "set_": lambda p, other: p.set_(other),
+    "run": lambda p, other: p.worker.run(torch.Tensor.set_, p, other),
+    "copy_": lambda p, other: p.copy_(other),
+}
+
+
+def test_borrowing_again_shows_what_was_put_in_its_place(bob):
+    assert each(REPLACED, lambda replace: _check_replaced(bob, replace)) == {}
+
+
+def _check_replaced(bob, replace):
+    p, other = bob.send(torch.ones(5000)), bob.send(torch.full((5000,), 2.0))
+    for _ in range(2):
+        with p.borrow() as t:
+            assert t[0].item() == 1.0
+    replace(p, other)
+    for _ in range(2):
+        with p.borrow() as t:
+            assert t[0].item() == 2.0
+
+
+def test_borrowing_again_asks_whether_it_has_become_private(bob, x):
+    p, secret = bob.send(x), bob.send(x, private=True)
+    with p.borrow():
+        pass
+    view = p.expand_as(secret)  # writes nothing, but shares its memory
+    with pytest.raises(fp.NotPermittedError), p.borrow():
+        pass
+    del view
+
+
+def test_a_write_waits_for_what_is_borrowed_again(bob, x):
+    p = bob.send(x)
+    with p.borrow():
+        pass
+    with p.borrow() as t:
+        p.add_(1)
+        assert torch.equal(t, x)
+    assert p.get().tolist() == [2.0, 3.0, 4.0]
+
+
+def test_memory_borrowed_again_is_given_back(bob):
+    p = bob.send(torch.ones(500_000))
+    for _ in range(3):
+        with p.borrow() as t:
+            assert t[-1].item() == 1.0
+    del p
+    assert bob.stats().arena_bytes < 500_000
