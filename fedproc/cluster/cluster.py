@@ -166,7 +166,7 @@ class Cluster:
         return PointerGroup([worker.send(obj, **options) for worker in self.workers])
 
     def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """``[fn(item) for item in items]``, dealt to idle workers.
+        """``[fn(item) for item in items]``, dealt to idle workers that are alive.
 
         Raises:
             Exception: the first error in the order of the items; items after it may not have run.
@@ -179,7 +179,7 @@ class Cluster:
         errors: dict[int, Exception] = {}
         running: dict[Pointer, tuple[int, Worker]] = {}
         places = iter(range(len(todo)))
-        idle = list(self.workers)
+        idle = [worker for worker in self.workers if worker.alive] or list(self.workers)
         while True:
             while idle and not errors and (place := next(places, None)) is not None:
                 worker = idle.pop()

@@ -137,6 +137,18 @@ def test_map_raises_when_a_workerdies():
         cluster.map(die, [1, 2])
 
 
+def test_map_leaves_out_a_worker_that_is_dead(cluster, bob):
+    bob.kill()
+    assert cluster.map(abs, [-1, 2, -3]) == [1, 2, 3]
+
+
+def test_map_raises_when_no_worker_is_alive(cluster):
+    for worker in cluster:
+        worker.kill()
+    with pytest.raises(fp.WorkerLostError):
+        cluster.map(abs, [1])
+
+
 def test_gather_raises_for_a_lost_worker(bob, alice, x):
     p, q = alice.send(x), bob.send(x)
     q.wait()
