@@ -7,11 +7,17 @@ resized gets a storage of its own first, and after any failure the old shapes ar
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from fedproc.worker.host import Host
+
+_NO_ROOM: Final = "Trying to resize storage that is not resizable"
+_REMEDY: Final = (
+    "A tensor that was sent or moved keeps its size in its worker: resize a copy of it "
+    "(pointer.copy()), or let out= have the shape of the result."
+)
 
 
 @contextlib.contextmanager
@@ -27,11 +33,13 @@ def reshaping(host: Host, name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     shapes = [(t, t.size(), t.stride(), t.storage_offset()) for t in tensors if _is_plain(t)]
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for tensor, size, stride, offset in shapes:
             if tensor.size() != size and _reach(tensor) > tensor.untyped_storage().nbytes():
                 with torch.no_grad():
                     tensor.set_(tensor.untyped_storage(), offset, size, stride)
+        if type(error) is RuntimeError and error.args == (_NO_ROOM,):
+            error.args = (f"{_NO_ROOM}. {_REMEDY}",)
         raise
 
 

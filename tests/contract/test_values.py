@@ -103,6 +103,15 @@ def test_setting_data_acts_there(bob):
     assert p.shape == (3,)
 
 
+def test_code_there_cannot_resize_what_was_sent_and_is_told_the_way(bob, x):
+    p = bob.send(x)
+    with pytest.raises(RuntimeError, match=r"not resizable.* \(pointer\.copy\(\)\)"):
+        bob.run(lambda t: t.resize_(100), p).get()
+    assert p.tolist() == [1.0, 2.0, 3.0]
+    assert bob.run(lambda t: len(t.resize_(100)), p.copy()).get() == 100
+    assert p.resize_(100).shape == (100,)
+
+
 def test_augmented_assignment_to_data_acts_there(bob):
     w = bob.send(torch.ones(2, requires_grad=True))
     w.data -= 0.5
