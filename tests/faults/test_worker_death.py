@@ -324,3 +324,18 @@ def test_case_13_children_of_a_worker_end_with_it(monkeypatch, end, start):
         else:
             cluster.close()
         eventually(lambda: ended(child))
+
+
+def start_child_and_detached():
+    child = subprocess.Popen(["sleep", "60"])
+    detached = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    return child.pid, detached.pid
+
+
+def test_case_13_a_child_in_a_session_of_its_own_outlives_its_worker():
+    with fp.Cluster(["bob"]) as cluster:
+        child, detached = cluster["bob"].run(start_child_and_detached).get()
+        cluster.close()
+        eventually(lambda: ended(child))
+        assert not ended(detached)
+        os.kill(detached, signal.SIGKILL)
