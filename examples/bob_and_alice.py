@@ -83,7 +83,9 @@ print("on trust in sec, not on cryptography: nothing stops sec, or this process,
 axes = Figure(figsize=(6.0, 3.5), layout="constrained").add_subplot(yscale="log")
 axes.plot(rounds, turns, "o-", label=f"in turns, {VISIT_STEPS} steps a visit")
 axes.plot(rounds, averaged, "s-", label=f"averaged by sec, {LOCAL_STEPS} steps each")
-axes.set(xlabel="round", ylabel="loss on all four rows")
+axes.set(xlabel="round", ylabel="loss on all four rows", title="two owners, one model")
+axes.set_xticks(rounds)
+axes.grid(alpha=0.3)
 axes.legend()
 path = sys.argv[1] if len(sys.argv) > 1 else "bob_and_alice.png"
 axes.figure.savefig(path, dpi=120)

@@ -66,3 +66,8 @@ with fp.Cluster() as cluster:
         record = aggregator.run_round()
         accuracy = aggregator.evaluate((x_test, y_test), nn.CrossEntropyLoss()).accuracy
         print(f"{record.round:5d} {record.metrics['epsilon']:24.2f} {accuracy:27.1%}")
+
+print(
+    f"\nThe aggregator can tell little of any one row: epsilon {record.metrics['epsilon']:.2f} at"
+)
+print(f"delta {DELTA:g} is what each client has spent, whatever becomes of its updates.")

@@ -43,6 +43,8 @@ def train(data, privacy):
 
 axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
 axes.set(xlabel=f"epsilon at delta = {DELTA:g}", ylabel="accuracy on unseen digits", xscale="log")
+axes.set_title(f"{ROUNDS} rounds, a dot each: less noise costs a larger epsilon")
+axes.yaxis.set_major_formatter("{x:.0%}")
 with fp.Cluster() as cluster:
     data = fp.federate((x, y), cluster, clients=CLIENTS)
     free = train(data, None)[-1].evaluation.accuracy

@@ -36,14 +36,16 @@ local = fp.LocalTraining(
 )
 
 axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
-axes.set(xlabel="round", ylabel="accuracy on unseen digits", title="Dirichlet 0.1, ten clients")
-axes.axhline(GOAL, color="gray", linestyle=":")
+axes.set(xlabel="round", ylabel="accuracy on unseen digits")
+axes.set_title("ten clients with few kinds of digits each")
+axes.yaxis.set_major_formatter("{x:.0%}")
+axes.axhline(GOAL, color="gray", linestyle=":", label=f"{GOAL:.0%}")
 
 with fp.Cluster() as cluster:
     data = fp.federate(
         (x[~test], y[~test]), cluster, clients=10, partition=fp.partition.Dirichlet(0.1)
     )
-    print(data.summary(), "\n")
+    print(f"{data.summary()}\n")
     print("strategy   rounds to 90 %   best accuracy   after the last round   seconds")
     for name, strategy in STRATEGIES.items():
         aggregator = fp.Aggregator(model, data, local, strategy=strategy, clients_per_round=0.5)
@@ -52,7 +54,7 @@ with fp.Cluster() as cluster:
         reached = next((str(n) for n, found in enumerate(curve, 1) if found >= GOAL), "not reached")
         seconds = sum(record.seconds for record in history)
         print(f"{name:8s} {reached:>16s} {max(curve):15.1%} {curve[-1]:22.1%} {seconds:9.1f}")
-        axes.plot(range(1, ROUNDS + 1), curve, label=name)
+        axes.plot(range(1, ROUNDS + 1), curve, ".-", label=name)
 
 axes.legend()
 axes.grid(alpha=0.3)

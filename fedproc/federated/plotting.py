@@ -45,7 +45,8 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> None:
     _line(left, [(r.round, r.loss) for r in history], "training loss", _LOSS, "-")
     evaluated = [(r.round, r.evaluation) for r in history if r.evaluation is not None]
     _line(left, [(n, e.loss) for n, e in evaluated], "evaluation loss", _LOSS, "--")
-    left.set(xlabel="round", ylabel="loss")
+    left.set_xlabel("round")
+    left.set_ylabel("loss", color=_LOSS)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(visible=True, alpha=0.3)
     lines = left.get_lines()
@@ -53,7 +54,7 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> None:
         right = left.twinx()
         points = [(n, e.accuracy) for n, e in evaluated]
         _line(right, points, "evaluation accuracy", _ACCURACY, "-")
-        right.set_ylabel("accuracy")
+        right.set_ylabel("accuracy", color=_ACCURACY)
         right.set_ylim(top=1.0)
         lines = [*lines, *right.get_lines()]
     left.legend(handles=lines, loc="center right")

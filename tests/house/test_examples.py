@@ -34,3 +34,10 @@ def test_example_runs(name, seconds, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout, "an example shows something"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_that_draws_says_where(script):
+    text = script.read_text(encoding="utf-8")
+    draws = "savefig(" in text or ".plot(path)" in text
+    assert draws == ("{path}." in text)
