@@ -110,7 +110,7 @@ class Worker:
         return self.link.exitcode()
 
     def kill(self) -> None:
-        """SIGKILL, for tests: the process and its children end at once."""
+        """SIGKILL: the process and its children end at once; who waits gets WorkerLostError."""
         self.link.kill()
 
     def stack(self, timeout: float | None = STACK_SECONDS) -> str:
