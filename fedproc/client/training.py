@@ -64,9 +64,14 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         """Checks every value here, so that no client fails on it later."""
-        for name in ("loss", "optimizer"):
-            if not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
+        if not callable(self.loss):
+            raise ValueError(f"loss must be callable, got {self.loss!r}")
+        if not callable(self.optimizer):
+            raise ValueError(
+                "optimizer must be a function that makes one of a list of parameters, such as "
+                "functools.partial(torch.optim.SGD, lr=0.1): every client has its own in every "
+                f"round; got {type(self.optimizer).__name__}"
+            )
         require_switch("shuffle", self.shuffle)
         settle(self, require_at_least, "epochs", least=1)
         settle(self, require_count_or_none, "batch_size", "max_steps")

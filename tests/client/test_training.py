@@ -110,6 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         ({"clip_grad_norm": float("nan")}, "clip_grad_norm"),
         ({"loss": 3}, "loss"),
         ({"optimizer": None}, "optimizer"),
+        ({"optimizer": SGD([nn.Parameter(torch.ones(1))])}, r"functools\.partial.*got SGD$"),
     ],
 )
 def test_values_out_of_range_are_refused_at_once(options, name):
