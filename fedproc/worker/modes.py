@@ -17,16 +17,21 @@ def usual() -> None:
         torch.set_grad_enabled(True)
     if torch.get_default_dtype() is not torch.float32:
         torch.set_default_dtype(torch.float32)
+    _leave_autocast()
 
 
 @contextlib.contextmanager
 def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
     """Run under the parent's modes; the worker's come back afterwards."""
     if modes is None:
-        yield
+        try:
+            yield
+        finally:
+            usual()
         return
     grad, inference, autocast, dtype = modes
     with contextlib.ExitStack() as stack:
+        stack.callback(_leave_autocast)
         if inference:
             stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.set_grad_enabled(grad))
@@ -39,3 +44,17 @@ def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def _leave_autocast() -> None:
+    """End what was entered by hand; while torch counts one, it keeps old values of parameters."""
+    torch.autocast_increment_nesting()  # the way to learn how many there are
+    entered = torch.autocast_decrement_nesting()
+    if not entered and not torch.is_autocast_enabled("cpu"):
+        return
+    for kind in ("cpu", "cuda"):
+        torch.set_autocast_enabled(kind, False)
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    for _ in range(entered):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()

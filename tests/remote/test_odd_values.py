@@ -1,5 +1,6 @@
 """Values and exceptions that are hard to carry; each was lost or wrong once."""
 
+import contextlib
 import copy
 import pickle
 
@@ -121,8 +122,45 @@ def test_modes_set_in_a_worker_do_not_last(cluster, bob):
     x = bob.send(torch.ones(2, requires_grad=True))
     bob.run(torch.set_grad_enabled, False)
     bob.run(lambda: torch.set_default_dtype(torch.float64))
+    bob.run(lambda: torch.autocast("cpu", dtype=torch.bfloat16).__enter__())
     assert (x * 2).requires_grad is True
+    assert (x @ x).dtype is torch.float32
     assert bob.run(torch.ones, 2).dtype is torch.float32
+
+
+def _enter_autocast(*, enabled=True, raises=False):
+    torch.autocast("cpu", dtype=torch.float16, enabled=enabled).__enter__()
+    if raises:
+        raise ValueError("between enter and exit")
+
+
+def _autocast():
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    return torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu")), depth
+
+
+@pytest.mark.parametrize("within", [contextlib.nullcontext, torch.no_grad])
+@pytest.mark.parametrize("options", [{}, {"enabled": False}, {"raises": True}])
+def test_autocast_that_a_command_leaves_on_ends_with_it(cluster, bob, within, options):
+    with within():
+        left = bob.run(_enter_autocast, **options)
+    if options.get("raises"):
+        with pytest.raises(ValueError, match="between enter and exit"):
+            left.get()
+    else:
+        assert left.get() is None
+    assert bob.run(_autocast).get() == (False, "torch.bfloat16", 0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert bob.run(_autocast).get() == (True, "torch.float16", 1)
+
+
+def test_modes_set_by_who_is_given_private_objects_do_not_last(cluster, bob):
+    secret = bob.send(torch.ones(2), private=True)
+    bob.run(lambda _: _enter_autocast(), secret)
+    bob.run(lambda _: torch.set_grad_enabled(False) and None, secret)
+    assert bob.run(_autocast).get() == (False, "torch.bfloat16", 0)
+    assert (bob.send(torch.ones(2, requires_grad=True)) * 2).requires_grad is True
 
 
 def test_what_is_known_is_asked_again_after_a_cut(cluster, alice, bob):
