@@ -110,6 +110,8 @@ class Programs:
             torch.set_rng_state(stream)
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
+                    if tensor.grad_fn is not None:  # what was written to it has made it a result
+                        tensor.detach_()
                     tensor.copy_(value)
 
 

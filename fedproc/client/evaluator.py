@@ -14,6 +14,7 @@ from fedproc.client.devices import placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
 from fedproc.client.seeding import derive_seed, preserved_streams, seed_streams, torch_threads
+from fedproc.client.switches import Switches
 from fedproc.client.training import LocalTraining
 
 if TYPE_CHECKING:
@@ -80,13 +81,17 @@ class Evaluator:
         """Evaluates the global model on the rows of clients of this worker."""
         least = self._work.private_rows or 0
         pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
-            return {
-                client: merged(
-                    evaluate_chunks(model, self._rows(client), self._loss(), chunk_rows), least
-                )
-                for client in clients
-            }
+        sums = {}
+        # what one client leaves must not reach the next, who may be evaluated elsewhere
+        groups = [[each] for each in clients] if self._resident.remembers else [clients]
+        with preserved_streams(self._device):
+            for group in groups:
+                with self._loaded(pieces, seed) as model:
+                    for client in group:
+                        rows = self._rows(client)
+                        found = evaluate_chunks(model, rows, self._loss(), chunk_rows)
+                        sums[client] = merged(found, least)
+        return sums
 
     def _loss(self) -> Loss | None:
         return self._work.local.loss if isinstance(self._work.local, LocalTraining) else None
@@ -98,19 +103,24 @@ class Evaluator:
 
     @contextmanager
     def _loaded(
-        self, pieces: Sequence[Tensor], seed: int, *, torch_only: bool = False
+        self, pieces: Sequence[Tensor], seed: int, *, closed: bool = False
     ) -> Iterator[nn.Module]:
         """Loads the global model into the resident one and seeds the streams it may draw from.
 
-        Leaves no gradients behind. The caller preserves the streams: seeding is cheap, that is not.
+        Leaves no gradients behind, and switches of torch as they were. The caller preserves the
+        streams: seeding is cheap, that is not. ``closed``: no code of users runs but such that
+        computes; it draws from torch's stream only, and has no hand in switches.
         """
-        self._resident.load(pieces)
-        seed_streams(seed, self._device, torch_only=torch_only)
-        with (
-            torch_threads(self._work.threads),
-            torch.enable_grad(),
-        ):  # whatever the parent's mode is
-            try:
+        self._resident.load(pieces, closed=closed)
+        seed_streams(seed, self._device, torch_only=closed)
+        switches = None if closed else Switches(self._device)
+        try:
+            with (
+                torch_threads(self._work.threads),
+                torch.enable_grad(),
+            ):  # whatever the parent's mode is
                 yield self._resident.model
-            finally:
-                self._resident.forget_gradients()
+        finally:
+            self._resident.forget_gradients()
+            if switches is not None:
+                switches.put_back()

@@ -1,21 +1,24 @@
-"""What modules keep besides their values: put back before every client.
+"""What modules and losses keep besides what is loaded: put back before every client.
 
-Runs in workers. A module of a user's may count its calls, assign a new tensor to a buffer, or keep
-a list; so may a hook. A client must not find what another has left there: the result would depend
-on who trained where. Modules of torch, and users' whose code cannot do such things, need none of
-this.
+Runs in workers. Code of a user's may count its calls, assign a new tensor to a buffer, keep a list,
+or write to a frozen parameter; so may a hook. A client must not find what another has left there:
+the result would depend on who trained where. Modules of torch, and users' whose code cannot do such
+things, need none of this.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor, nn
 
+from fedproc.client.kept_tensor import KeptTensor
 from fedproc.client.pure import EVERY_MODULE, ImpureError, is_constant, reads_of_module
 from fedproc.client.repeatable import hooks_of, patches_of
+from fedproc.client.stepping import home_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -24,35 +27,44 @@ if TYPE_CHECKING:
 _MEMBERS: Final = tuple(
     name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
 )
+_FUNCTIONS: Final = (FunctionType, BuiltinFunctionType, type)
 
 
 class ModuleState:
-    """The attributes of modules as they were when this was made.
+    """The attributes of modules, or of other objects, as they were when this was made.
 
     Containers and plain objects are copied, once here and once for each client. Modules and tensors
     stay the same objects: of the tensors the values are put back where somebody wrote to them in
     place. So does what cannot be copied, such as a lock.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, changing: bool) -> None:
-        """Looks at modules.
+    def __init__(
+        self, parts: Iterable[object], *, loaded: Iterable[Tensor] = (), changing: bool = False
+    ) -> None:
+        """Looks at what modules and objects are made of.
 
         Args:
-            modules: All that belong together.
+            parts: All that belong together.
+            loaded: Tensors whose values are somebody else's matter.
             changing: Code that is not theirs may change them, too.
         """
-        self._parts = list(modules)
-        if not changing and all(map(_stays_as_it_is, self._parts)):
-            self._parts = []
+        given = list(parts)
+        watched = changing or not all(map(_stays_as_it_is, given))
+        self._parts = _with_hidden(given) if watched else []
         attributes = [_attributes(part) for part in self._parts]
         self._members = [
-            [(name, dict(vars(part)[name])) for name in _MEMBERS] for part in self._parts
+            [(name, dict(vars(part)[name])) for name in _members(part)] for part in self._parts
         ]
         objects = [*self._parts, *_objects_in([attributes, self._members])]
         self._stay = {id(each): each for each in objects}
-        own = {id(t) for part in self._parts for t in (*part.parameters(), *part.buffers())}
-        tensors = {id(t): t for each in objects for t in _tensors_of(each) if id(t) not in own}
-        self._tensors = [(t, t._version, t.detach().clone()) for t in tensors.values()]
+        # code of a user's that only computes may do so in place
+        holders = objects if watched else [] if all(map(_is_torchs, given)) else given
+        own = {id(tensor) for tensor in loaded}
+        self._tensors = [
+            KeptTensor(tensor, loaded=id(tensor) in own, unseen=watched)
+            for tensor in {id(t): t for each in holders for t in _tensors_of(each)}.values()
+            if id(tensor) not in own or not tensor.requires_grad
+        ]
         # one copy of all: what two modules share stays shared
         moving = [_moving(part, self._stay) for part in attributes]
         self._fixed = [
@@ -62,7 +74,7 @@ class ModuleState:
         self._moving = copy.deepcopy(moving, dict(self._stay))
 
     def restore(self) -> None:
-        """Makes all attributes what they were; values of parameters and buffers stay."""
+        """Makes all attributes and tensors what they were; values that are loaded stay."""
         moving = (
             copy.deepcopy(self._moving, dict(self._stay)) if any(self._moving) else self._moving
         )
@@ -77,11 +89,13 @@ class ModuleState:
                 del own[name]
             own.update(fixed)
             own.update(copied)
-        for place, (tensor, version, values) in enumerate(self._tensors):
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(values)
-                self._tensors[place] = tensor, tensor._version, values
+        for tensor in self._tensors:
+            tensor.restore()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is anything that may have to be put back."""
+        return bool(self._parts or self._tensors)
 
     @property
     def is_watching(self) -> bool:
@@ -89,8 +103,25 @@ class ModuleState:
         return bool(self._parts)
 
 
-def _stays_as_it_is(part: nn.Module) -> bool:
-    if any(hooks_of(part)) or patches_of(part):
+def keepers_of(loss: object) -> list[object]:
+    """Lists what of a loss keeps something: modules, objects that are called, tensors.
+
+    Not functions: what those keep lies outside, where others may find it.
+    """
+    if isinstance(loss, nn.Module):
+        return list(loss.modules())
+    if isinstance(loss, MethodType):
+        return keepers_of(loss.__self__)
+    if isinstance(loss, functools.partial):
+        by_torch = home_of(loss.func).startswith("torch.")  # it reads what it is given
+        given = () if by_torch else (loss.func, *loss.args, *loss.keywords.values())
+        return [each for part in given for each in keepers_of(part)]
+    return [loss] if hasattr(loss, "__dict__") and not isinstance(loss, _FUNCTIONS) else []
+
+
+def _stays_as_it_is(part: object) -> bool:
+    """Whether its code cannot change what it keeps, but for values of tensors."""
+    if not isinstance(part, nn.Module) or any(hooks_of(part)) or patches_of(part):
         return False
     if type(part).__module__.startswith("torch.nn.modules."):
         return True
@@ -101,8 +132,35 @@ def _stays_as_it_is(part: nn.Module) -> bool:
     return True
 
 
-def _attributes(part: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if name not in EVERY_MODULE}
+def _is_torchs(part: object) -> bool:
+    """Whether it is torch's, and writes to no tensors but buffers of its own in the forward pass.
+
+    For those that stay as they are. Embeddings with ``max_norm`` scale the rows they look up.
+    """
+    home = type(part).__module__
+    return home.startswith("torch.nn.modules.") and getattr(part, "max_norm", None) is None
+
+
+def _with_hidden(parts: Iterable[object]) -> list[object]:
+    """Adds the modules that some keep in lists and other attributes, which torch does not know."""
+    found = {id(part): part for part in parts}
+    left = list(found.values())
+    while left:
+        for each in _objects_in(_attributes(left.pop())):
+            for module in each.modules() if isinstance(each, nn.Module) else ():
+                if id(module) not in found:
+                    found[id(module)] = module
+                    left.append(module)
+    return list(found.values())
+
+
+def _members(part: object) -> tuple[str, ...]:
+    return _MEMBERS if isinstance(part, nn.Module) else ()
+
+
+def _attributes(part: object) -> dict[str, Any]:
+    known = EVERY_MODULE if isinstance(part, nn.Module) else ()
+    return {name: value for name, value in vars(part).items() if name not in known}
 
 
 def _moving(attributes: Mapping[str, Any], stay: Mapping[int, object]) -> dict[str, Any]:
@@ -133,8 +191,10 @@ def _objects_in(value: object) -> Iterator[nn.Module | Tensor]:
             yield from _objects_in(each)
 
 
-def _tensors_of(each: nn.Module | Tensor) -> list[Tensor]:
-    return [each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()]
+def _tensors_of(each: object) -> list[Tensor]:
+    if isinstance(each, Tensor):
+        return [each]
+    return [*each.parameters(), *each.buffers()] if isinstance(each, nn.Module) else []
 
 
 def _are_same(now: dict[Any, object], before: dict[Any, object]) -> bool:

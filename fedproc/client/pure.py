@@ -54,6 +54,8 @@ _METHODS: Final = frozenset(
     "type_as values view view_as weight bias add_ clamp_ div_ masked_fill masked_fill_ mul_ relu_ "
     "sub_ t functional nn".split()
 )
+# Of a tensor they make another one, but a module they change.
+_CONVERT: Final = frozenset("bfloat16 double float half to type".split())
 _READ_VALUES: Final = frozenset(("tolist", "numpy", "data", "data_ptr", "grad", "storage"))
 _ATTRIBUTES: Final = _METHODS | _FUNCTIONS | frozenset(dir(math))
 _CONSTANTS: Final = (
@@ -117,6 +119,7 @@ def reads_of_module(module: nn.Module) -> list[Read]:
     reads = [Read(vars(kind), name, function) for name, function in functions.items()]
     for function in functions.values():  # all: another part may have one of the same name called
         reads += _reads(function, known)
+        _require_no_conversion(function, module._modules)
     return reads
 
 
@@ -151,6 +154,18 @@ def _reads(function: object, own: Collection[str]) -> Iterator[Read]:
                 raise ImpureError(f"it uses .{step.argval}")
         elif step.opname in _LOADS_NAME:
             yield _read(function, step.argval)
+
+
+def _require_no_conversion(method: FunctionType, parts: Collection[str]) -> None:
+    """Refuses ``self.double()`` and ``self.part.double()``; a module is asked by its name."""
+    itself, last = method.__code__.co_varnames[:1], None
+    for step in _steps(method.__code__):
+        if step.opname in _LOADS_ATTRIBUTE and step.argval in _CONVERT and last is not None:
+            names = parts if last.opname in _LOADS_ATTRIBUTE else itself
+            loaded = last.argval[-1:] if type(last.argval) is tuple else (last.argval,)
+            if any(name in names for name in loaded):
+                raise ImpureError(f"it uses .{step.argval} of a module")
+        last = step
 
 
 def _read(function: FunctionType, name: str) -> Read:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fedproc.client.kept_tensor import facts_of
 from fedproc.client.layout import Layout, fill, load
-from fedproc.client.module_state import ModuleState
+from fedproc.client.module_state import ModuleState, keepers_of
 from fedproc.memory.copying import same_bits
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Resident:
 
         Args:
             pristine: Architecture and frozen values.
-            loss: What the model is trained with; a module is put back, too.
+            loss: What the model is trained with; what it keeps is put back, too.
             custom: Local epochs change parameters and buffers only, so the model itself can be
                 resident. A custom function may do anything to its model: it works on a copy.
         """
@@ -47,7 +48,8 @@ class Resident:
         self._pristine = pristine if custom else copy.deepcopy(pristine)
         self.layout = Layout.of(pristine)
         self._custom = custom
-        self._loss_modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
+        self._loss = ModuleState(keepers_of(loss))
+        self._is_untouched = False
         self.renew()
 
     def renew(self) -> None:
@@ -55,32 +57,45 @@ class Resident:
         self.model = copy.deepcopy(self._pristine) if self._custom else self._pristine
         self._tensors = self.layout.tensors(self.model)
         self._members = [member for members in self._tensors for member in members]
-        self._strides = [member.stride() for member in self._members]
+        self._facts = [facts_of(member) for member in self._members]
         self._parameters = list(self.model.parameters())
         self._flags = [parameter.requires_grad for parameter in self._parameters]
         self._versions = self._frozen_versions()
         self._modules = list(self.model.modules())
         self._shape = self._as_it_is()
-        parts = [*self._modules, *self._loss_modules]
-        self._state = ModuleState(parts, changing=self._custom)
+        # a custom function that writes to a frozen parameter has failed
+        loaded = [*self._parameters, *self.model.buffers()] if self._custom else self._members
+        self._state = ModuleState(self._modules, loaded=loaded, changing=self._custom)
 
-    def load(self, pieces: Sequence[Tensor]) -> None:
+    @property
+    def remembers(self) -> bool:
+        """Whether a forward pass may find what another has left, unless the model is loaded."""
+        return self._state.remembers or self._loss.remembers
+
+    def load(self, pieces: Sequence[Tensor], *, closed: bool = False) -> None:
         """Takes over values, as :meth:`fedproc.client.layout.Layout.pieces` lists them.
 
-        All else that the modules keep is as it was at the start, whatever the last client did.
+        All else that modules and loss keep is as it was at the start, whatever the last client did.
+
+        Args:
+            pieces: The values.
+            closed: Until the next call no code runs that is given parameters, or can do more to
+                them than compute with them.
         """
         self._state.restore()
-        if [member.stride() for member in self._members] != self._strides:
+        self._loss.restore()
+        if not self._is_untouched:
+            self.unfreeze()
             self._straighten()
+        self._is_untouched = closed
         load(pieces, self._members)
 
     def _straighten(self) -> None:
         """Undoes what ``parameter.data = ...`` did: strides decide bits of the next client."""
-        for member, stride in zip(self._members, self._strides, strict=True):
-            if member.stride() != stride:
-                member.data = torch.empty_strided(
-                    member.shape, stride, dtype=member.dtype, device=member.device
-                )
+        for member, facts in zip(self._members, self._facts, strict=True):
+            if facts_of(member) != facts:
+                shape, stride, dtype = facts
+                member.data = torch.empty_strided(shape, stride, dtype=dtype, device=member.device)
 
     def train(self) -> None:
         """Puts the model into training mode; torch would set every module again."""
@@ -100,11 +115,14 @@ class Resident:
     def _are_ours(self, found: Sequence[Sequence[Tensor]]) -> bool:
         return all(a is b for a, b in zip(chain(*found), self._members, strict=True))
 
+    def _are_as_made(self, found: Sequence[Sequence[Tensor]]) -> bool:
+        return self._are_ours(found) and [facts_of(each) for each in chain(*found)] == self._facts
+
     def _tensors_now(self) -> list[list[Tensor]]:
         """Finds the tensors, which the model may have assigned anew."""
         try:
             found = self.layout.tensors(self.model)
-            if self._are_ours(found) or Layout.of(self.model) == self.layout:
+            if self._are_as_made(found) or Layout.of(self.model) == self.layout:
                 return found
             cause: Exception | None = None
         except (KeyError, ValueError) as error:  # one is missing, or is nothing that has a mean
@@ -125,7 +143,8 @@ class Resident:
     def unfreeze(self) -> None:
         """Sets ``requires_grad`` of all parameters as it was."""
         for parameter, flag in zip(self._parameters, self._flags, strict=True):
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad is not flag:
+                parameter.detach_().requires_grad_(flag)
 
     def require_whole(self) -> None:
         """Makes sure that a custom function left the model as it can be loaded again.

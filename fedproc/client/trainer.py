@@ -137,7 +137,7 @@ class Trainer(Evaluator):
         known, block = (states or {}, shared or {}), block_of(block)
         pieces = self._resident.layout.pieces(block)
         with self._training():
-            with self._loaded(pieces, derive_seed("stack"), torch_only=self._is_closed):
+            with self._loaded(pieces, derive_seed("stack"), closed=self._is_closed):
                 self._resident.train()
                 stack = self._stacks.train(block, tasks, known)
             self._failed.update(stack.failures)
@@ -191,7 +191,7 @@ class Trainer(Evaluator):
         """Trains one client from the model in ``pieces`` and leaves its own in ``slot``."""
         began = time.perf_counter()
         seed = derive_seed(task.seed, task.round, task.client, "streams")
-        with self._loaded(pieces, seed, torch_only=self._is_closed) as model:
+        with self._loaded(pieces, seed, closed=self._is_closed) as model:
             self._resident.train()
             if isinstance(self._work.local, LocalTraining):
                 update = self._run_epochs(model, self._work.local, task, known)

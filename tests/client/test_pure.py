@@ -155,6 +155,24 @@ def whole(self: nn.Module, x: Tensor) -> Tensor:
     return self.layer(x)
 
 
+def doubles(self: nn.Module, x: Tensor) -> Tensor:
+    self.double()
+    return self.layer(x.double())
+
+
+def halves_a_part(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.add(self.layer(x), self.layer.half()(x.half()))
+
+
+def moves(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.maximum(self.layer(x), self.to(torch.float64)(x))
+
+
+def converts_tensors(self: nn.Module, x: Tensor) -> Tensor:
+    out = self.layer(x).double() * self.factor.to(x.dtype)
+    return out.float() + x.double().to(x.dtype).sum()
+
+
 IMPURE: dict[str, Callable[[], nn.Module]] = {
     "counts": lambda: module(counts, calls=0),
     "remembers": lambda: module(remembers, log=[]),
@@ -169,6 +187,9 @@ IMPURE: dict[str, Callable[[], nn.Module]] = {
     "imports": lambda: module(imports),
     "registers": lambda: module(registers),
     "calls": lambda: module(calls),
+    "doubles": lambda: module(doubles),
+    "halves a part": lambda: module(halves_a_part),
+    "moves": lambda: module(moves),
     "closed over": lambda: module(closed_over(torch.ones(2))),
     "a list": lambda: module(whole, log=[]),
     "a tensor": lambda: module(whole, constant=torch.ones(2)),
@@ -187,6 +208,11 @@ IMPURE: dict[str, Callable[[], nn.Module]] = {
 def test_code_that_can_do_more_than_compute_takes_the_ordinary_way(name: str) -> None:
     assert not Repeatable(nn.Sequential(IMPURE[name]()), F.cross_entropy).holds()
     assert Repeatable(nn.Sequential(module(whole)), F.cross_entropy).holds()
+
+
+def test_tensors_may_be_converted_but_not_modules() -> None:
+    model = module(converts_tensors, factor=nn.Parameter(torch.ones(())))
+    assert Repeatable(model, F.cross_entropy).holds()
 
 
 def test_a_branch_on_values_is_taken_anew_each_time() -> None:

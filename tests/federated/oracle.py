@@ -18,19 +18,23 @@ def sequential_fedavg(
 ):
     """Trains on ``shards`` (client -> (x, y)) one after the other; returns the last model.
 
-    ``cohort``: number of a round -> the clients that train in it; None: all of them.
+    Each client has a copy of the model and of the loss as it was given. ``cohort``: number of a
+    round -> the clients that train in it; None: all of them.
     """
     model = copy.deepcopy(model)
+    travels = {name for name, _ in named_tensors(model)}
     for number in range(1, rounds + 1):
         total, weights = {}, 0.0
         for client in cohort(number) if cohort else shards:
             x, y = shards[client]
             local = copy.deepcopy(model).train()
-            train_client(local, x, y, loss, optimizer, (seed, number, client), **epochs)
+            key = seed, number, client
+            train_client(local, x, y, copy.deepcopy(loss), optimizer, key, **epochs)
             weight = 1.0 if uniform else float(len(x))
             weights += weight
-            for name, value in named_tensors(local):
-                add(total, name, value, weight)
+            for name, value in [*local.named_parameters(), *local.named_buffers()]:
+                if name in travels:
+                    add(total, name, value.detach(), weight)
         for name, value in named_tensors(model):
             mean = total[name] / weights if value.is_floating_point() else total[name]
             value.copy_(mean)

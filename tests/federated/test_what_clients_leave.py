@@ -144,6 +144,102 @@ class Adding(nn.Module):
         return self.inner(x - self.total) * self.others[0]
 
 
+class Averaging(nn.Module):
+    """Writes a running mean into a frozen parameter, by code that does nothing but compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.mean = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def forward(self, x):
+        self.mean.mul_(0.5).add_(x.mean(0))
+        return self.inner(x - self.mean)
+
+
+class Teaching(nn.Module):
+    """A frozen part follows the trained one, past autograd in two of the usual ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.teacher = linear(), linear(seed=1).requires_grad_(False)
+
+    def forward(self, x):
+        self.teacher.weight.data = 0.5 * self.teacher.weight.data + 0.5 * self.inner.weight.data
+        self.teacher.bias.data.mul_(0.5).add_(self.inner.bias.data)
+        return self.inner(x) - self.teacher(x)
+
+
+class Retaining(nn.Module):
+    """Lets a buffer, a tensor and a frozen parameter become parts of the graph of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = linear(), torch.zeros(3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x):
+        out = self.inner(x)
+        for tensor in (self.last, self.mean, self.frozen):
+            tensor.add_(out.mean(0))
+            out = out + tensor
+        return out
+
+
+class Smoothing(nn.Module):
+    """Lets a buffer become part of the graph, by code that does nothing but compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        out = self.inner(x)
+        self.mean.mul_(0.5).add_(out.mean(0))
+        return out - self.mean
+
+
+class Freezing(nn.Module):
+    """Freezes a parameter when it meets the rows of the first client."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x):
+        if len(x) == SIZES[0]:
+            self.inner.weight.requires_grad_(False)
+        return self.inner(x)
+
+
+class Helped(nn.Module):
+    """Keeps a module that counts in a list, where torch does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.helpers = linear(), [Tallying()]
+
+    def forward(self, x):
+        return self.helpers[0](self.inner(x))
+
+
+class Tallying(nn.Module):
+    """Counts in an attribute, in a buffer and in a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.tensor = 0, torch.zeros(())
+        self.register_buffer("buffer", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.tensor.data.add_(1.0)
+        self.buffer += 1.0
+        return x / (self.calls + self.tensor + self.buffer)
+
+
 def counted():
     """A module of torch with a hook that counts."""
     model = linear()
@@ -166,6 +262,54 @@ class CountingLoss(nn.Module):
     def forward(self, outputs, targets):
         self.calls += 1
         return cross_entropy(outputs, targets) / self.calls
+
+
+class TallyingLoss(Tallying):
+    """A loss with a memory of three kinds."""
+
+    def forward(self, outputs, targets):
+        return super().forward(cross_entropy(outputs, targets))
+
+
+class BufferedLoss(nn.Module):
+    """Counts in a buffer, by code that does nothing but compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.calls.add_(1.0)
+        return torch.nn.functional.cross_entropy(outputs, targets) / self.calls
+
+
+class ObjectLoss:
+    """A loss that is no module, with a number, a list, a tensor and a module of its own."""
+
+    def __init__(self):
+        self.calls, self.seen, self.total, self.part = 0, [], torch.zeros(()), Tallying()
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.total += 1.0
+        self.late = getattr(self, "late", 0) + 1
+        loss = cross_entropy(self.part(outputs), targets)
+        return loss / (self.calls + len(self.seen) + self.total + self.late)
+
+    def scaled(self, scale, outputs, targets):
+        return scale * self(outputs, targets)
+
+
+def partly_in_place(total, outputs, targets):
+    total.add_(1.0)
+    return cross_entropy(outputs, targets) / total
+
+
+def freezing(parameters):
+    """A factory that freezes what it does not train."""
+    parameters[0].requires_grad_(False)
+    return sgd(parameters[1:])
 
 
 def hooked(parameters):
@@ -198,8 +342,17 @@ def anywhere(request):
         (Sharing, cross_entropy, sgd),
         (Locked, cross_entropy, sgd),
         (Adding, cross_entropy, sgd),
+        (Averaging, cross_entropy, sgd),
+        (Teaching, cross_entropy, sgd),
+        (Helped, cross_entropy, sgd),
         (counted, cross_entropy, sgd),
         (linear, cross_entropy, hooked),
+        (linear, cross_entropy, freezing),
+        (linear, TallyingLoss(), sgd),
+        (linear, BufferedLoss(), sgd),
+        (linear, ObjectLoss(), sgd),
+        (linear, functools.partial(ObjectLoss().scaled, 0.5), sgd),
+        (linear, functools.partial(partly_in_place, torch.zeros(())), sgd),
     ],
 )
 def test_a_client_starts_from_the_model_and_nothing_else(anywhere, make, loss, factory):
@@ -208,6 +361,60 @@ def test_a_client_starts_from_the_model_and_nothing_else(anywhere, make, loss, f
     aggregator.run(2)
     expected = sequential_fedavg(
         make(), shards(SIZES), loss, factory, rounds=2, batch_size=4, epochs=2
+    )
+    assert bits(aggregator.model) == bits(expected)
+
+
+@pytest.mark.parametrize("make", [Retaining, Smoothing, Freezing])
+def test_a_client_of_one_step_leaves_no_graph_and_nothing_frozen(anywhere, make):
+    local = LocalTraining(cross_entropy, sgd, batch_size=None)
+    aggregator = Aggregator(make(), FederatedDataset(shards(SIZES), anywhere), local)
+    history = aggregator.run(2)
+    assert [dict(record.failures) for record in history] == [{}, {}]
+    expected = sequential_fedavg(
+        make(), shards(SIZES), cross_entropy, sgd, rounds=2, batch_size=None
+    )
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_rows_that_an_embedding_has_scaled_are_as_they_were(anywhere):
+    torch.manual_seed(0)
+    table, last = nn.Embedding(3, 6, max_norm=0.5), nn.Linear(6, 3, bias=False)
+    last.weight = table.weight.requires_grad_(False)  # which sees the rows that nobody looked up
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(6, 6), last)
+    rows = {
+        name: (torch.full((len(y), 1), place % 3), y)
+        for place, (name, (_, y)) in enumerate(shards(SIZES).items())
+    }
+    local = LocalTraining(cross_entropy, sgd)
+    aggregator = Aggregator(model, FederatedDataset(rows, anywhere), local)
+    aggregator.run(2)
+    expected = sequential_fedavg(model, rows, cross_entropy, sgd, rounds=2)
+    assert bits(aggregator.model) == bits(expected)
+
+
+@pytest.mark.parametrize("name", ["double", "half"])
+def test_a_client_that_converts_the_model_fails_alone(anywhere, name):
+    class Converting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.frozen = linear(), linear(seed=1).requires_grad_(False)
+            self.register_buffer("zero", torch.zeros(3))
+
+        def forward(self, x):
+            if len(x) == SIZES[1]:
+                getattr(self, name)()
+                x = x.to(self.zero.dtype)
+            return self.inner(x) + self.frozen(x) + self.zero
+
+    local = LocalTraining(cross_entropy, sgd, batch_size=None)
+    aggregator = Aggregator(Converting(), FederatedDataset(shards(SIZES), anywhere), local)
+    history = aggregator.run(2)
+    assert [set(record.failures) for record in history] == [{"b"}, {"b"}]
+    assert "of another shape or dtype" in str(history[0].failures["b"])
+    others = {client: rows for client, rows in shards(SIZES).items() if client != "b"}
+    expected = sequential_fedavg(
+        Converting(), others, cross_entropy, sgd, rounds=2, batch_size=None
     )
     assert bits(aggregator.model) == bits(expected)
 
@@ -240,6 +447,124 @@ def test_hooks_of_a_train_function_are_gone_for_the_next_client(anywhere):
 
     aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
     assert [record.metrics["found"] for record in aggregator.run(2)] == [0.0, 0.0]
+
+
+def autocast_on():
+    torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
+
+
+def autocast_off():
+    torch.autocast("cpu", enabled=False).__enter__()
+
+
+def autocast_depth():
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def autocast_dtype():
+    return str(torch.get_autocast_dtype("cpu"))
+
+
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+
+
+def default_device():
+    torch.set_default_device("meta")
+
+
+SWITCHES = [
+    (autocast_on, lambda: torch.is_autocast_enabled("cpu"), False),
+    (autocast_off, autocast_depth, 0),
+    (lambda: torch.set_autocast_dtype("cpu", torch.float16), autocast_dtype, "torch.bfloat16"),
+    (lambda: torch.set_autocast_cache_enabled(False), torch.is_autocast_cache_enabled, True),
+    (default_dtype, lambda: str(torch.get_default_dtype()), "torch.float32"),
+    (default_device, lambda: str(torch.get_default_device()), "cpu"),
+    (lambda: torch.set_num_threads(3), torch.get_num_threads, 1),
+    (
+        lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+        torch.get_deterministic_debug_mode,
+        0,
+    ),
+    (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled, False),
+    (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled, True),
+]
+
+
+@pytest.mark.parametrize(("turn", "read", "usual"), SWITCHES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_switch_that_a_train_function_turned_is_back_for_the_next_client(
+    anywhere, turn, read, usual, fails
+):
+    def train(model, x, y, ctx):
+        found = read()
+        turn()
+        if fails and ctx.client == "b":
+            raise ValueError(ctx.client)
+        return {"usual": float(found == usual)}
+
+    aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
+    history = aggregator.run(2)
+    assert [record.metrics["usual"] for record in history] == [1.0, 1.0]
+    assert [set(record.failures) for record in history] == [{"b"} if fails else set()] * 2
+
+
+class Turning(nn.Module):
+    """Turns a switch in one client, which fails; what it computes with depends on most of them."""
+
+    def __init__(self, turn):
+        super().__init__()
+        self.inner, self.turn = linear(), turn
+
+    def forward(self, x):
+        out = self.inner((x * torch.full((6,), 0.1)).to(x.dtype))
+        if len(x) == SIZES[0]:
+            self.turn()
+            raise ValueError("before it is turned back")
+        return out
+
+
+@pytest.mark.parametrize("turn", [autocast_on, default_dtype, default_device])
+def test_a_switch_that_a_forward_turned_is_back_for_the_next_client(anywhere, turn):
+    local = LocalTraining(cross_entropy, sgd, batch_size=None)
+    data = FederatedDataset(shards(SIZES), anywhere)
+    aggregator = Aggregator(Turning(turn), data, local)
+    history = aggregator.run(2)
+    assert [set(record.failures) for record in history] == [{"a"}, {"a"}]
+    others = {client: rows for client, rows in shards(SIZES).items() if client != "a"}
+    expected = sequential_fedavg(
+        Turning(turn), others, cross_entropy, sgd, rounds=2, batch_size=None
+    )
+    assert bits(aggregator.model) == bits(expected)
+
+
+def test_what_autocast_keeps_of_parameters_is_gone_for_the_next_client(anywhere):
+    def train(model, x, y, ctx):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(x)
+        exact = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        with torch.no_grad():
+            model.weight.mul_(2.0)
+        autocast_on()
+        model(x)  # which keeps what it made of the weight
+        return {"exact": float(torch.equal(found, exact))}
+
+    aggregator = Aggregator(linear(), FederatedDataset(shards(SIZES), anywhere), train)
+    assert [record.metrics["exact"] for record in aggregator.run(2)] == [1.0, 1.0]
+
+
+def test_a_client_that_is_evaluated_leaves_nothing_to_the_next(anywhere):
+    class Drawing(Counting):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(3)
+
+    local = LocalTraining(TallyingLoss(), sgd)
+    together = Aggregator(Drawing(), FederatedDataset(shards(SIZES), anywhere), local)
+    found = together.evaluate_clients()
+    for client, rows in shards(SIZES).items():
+        alone = Aggregator(Drawing(), FederatedDataset({client: rows}, anywhere), local)
+        assert found[client] == alone.evaluate_clients()[client]
 
 
 def test_hooks_of_a_factory_are_gone_after_the_question_for_affine_steps(anywhere):
