@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedproc.client.denominators import terms_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,13 +28,15 @@ class ChunkSums:
 
     Attributes:
         rows: Rows of the chunk.
-        loss_sum: Mean loss of the chunk times its rows; None without a loss.
+        loss_sum: Sum of the loss over what it counts; None without a loss.
+        counted: That is rows, or labels, see :func:`terms_of`.
         correct: Rows whose largest output is the target; None where that has no meaning.
         outputs: The outputs of the model, shape (rows, ...), if they were asked for.
     """
 
     rows: int
     loss_sum: float | None
+    counted: float
     correct: int | None
     outputs: Tensor | None = None
 
@@ -50,7 +54,7 @@ def evaluate_chunks(
     Args:
         model: The model; its mode is restored afterwards.
         rows: Inputs (rows, ...) and targets (rows, ...).
-        loss: ``loss(outputs, targets)`` -> one number, the mean over the rows, or None.
+        loss: ``loss(outputs, targets)`` -> one number, see :func:`terms_of`; or None.
         chunk_rows: Rows per chunk; the last may have fewer.
         outputs: Whether to keep the outputs.
 
@@ -59,7 +63,7 @@ def evaluate_chunks(
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    x, y = rows
+    (x, y), terms = rows, None if loss is None else terms_of(loss)
     sums = []
     with torch.no_grad():
         for start in range(0, len(x), chunk_rows):
@@ -67,9 +71,9 @@ def evaluate_chunks(
             chunk = x[start : start + chunk_rows].clone()
             targets = y[start : start + chunk_rows].clone()
             result = model(chunk)
-            total = None if loss is None else float(loss(result, targets)) * len(chunk)
+            total, counted = (None, 0.0) if terms is None else terms(result, targets)
             kept = result.cpu() if outputs else None
-            sums.append(ChunkSums(len(chunk), total, _correct(result, targets), kept))
+            sums.append(ChunkSums(len(chunk), total, counted, _correct(result, targets), kept))
     for module, training in modes:
         module.training = training
     return sums
@@ -94,8 +98,13 @@ def merged(sums: Sequence[ChunkSums], least_rows: int) -> ChunkSums:
     losses = [part.loss_sum for part in sums if part.loss_sum is not None]
     correct = [part.correct for part in sums if part.correct is not None]
     if rows < least_rows:
-        return ChunkSums(rows, None, None)
-    return ChunkSums(rows, exact_sum(losses) if losses else None, sum(correct) if correct else None)
+        return ChunkSums(rows, None, 0.0, None)
+    return ChunkSums(
+        rows,
+        exact_sum(losses) if losses else None,
+        exact_sum([part.counted for part in sums]),
+        sum(correct) if correct else None,
+    )
 
 
 def exact_sum(values: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fedproc.client.denominators import is_sum
 from fedproc.client.descent import Descent
 from fedproc.client.gradients import Loss
 from fedproc.ranges import (
@@ -41,7 +42,8 @@ class LocalTraining:
     strategy corrects it (FedProx, Scaffold).
 
     Attributes:
-        loss: ``loss(outputs, targets)`` -> one number, the mean over the rows.
+        loss: ``loss(outputs, targets)`` -> one number, the mean over the rows; or their sum, if it
+            has ``reduction="sum"``, as losses of torch do.
         optimizer: Called with the list of trained parameters; returns a torch optimizer.
         epochs: Passes over the rows of the client.
         batch_size: Rows of a step; None takes all rows at once.
@@ -113,7 +115,8 @@ class Progress:
     Attributes:
         steps: Optimizer steps taken.
         rows: Rows processed, a row counted once for each time.
-        loss_sum: Sum over the processed rows of the loss before the step.
+        loss_sum: Sum over the processed rows of the loss before the step; each row of a batch
+            counts as the mean of its batch.
         optimizer: The optimizer that took the steps.
     """
 
@@ -147,10 +150,11 @@ def run_local_epochs(
     """
     descent = descent or Descent(model, local, None)
     optimizer, step = descent.begin(correct)
-    progress = Progress(optimizer=optimizer)
+    progress, sums = Progress(optimizer=optimizer), is_sum(local.loss)
     try:
         for x, y in _batches(rows, local, generator):
-            progress.loss_sum += step(x, y, progress.steps) * x.shape[0]
+            loss = step(x, y, progress.steps)
+            progress.loss_sum += loss if sums else loss * x.shape[0]
             progress.steps += 1
             progress.rows += x.shape[0]
     finally:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedproc.client.capture import Programs
+from fedproc.client.denominators import is_sum
 from fedproc.client.gradients import non_finite_loss
 from fedproc.client.orders import Orders, first_batches
 from fedproc.client.repeatable import Repeatable
@@ -141,8 +142,7 @@ class Stacks:
                 correction.apply(gradients, training)
             optimizer.step(gradients)
         kept = correction.keep(values, orders.steps, chosen) if correction else [{} for _ in states]
-        # as if every row of a batch had the loss of its batch: local epochs count like that
-        sums = (losses * torch.from_numpy(orders.counts)).sum(0).tolist()
+        sums = self._over_rows(losses, torch.from_numpy(orders.counts)).sum(0).tolist()
         columns = zip(orders.sorted, orders.steps, orders.rows, sums, kept, strict=True)
         done = sorted(columns, key=itemgetter(0))
         updates = _updates(shards.sizes, [row[1:] for row in done], chosen)
@@ -186,20 +186,27 @@ class Stacks:
         batches = first_batches(shards.starts, shards.sizes, self._local, _seeds(tasks))
         weights = weights_of(tasks)
         self._resident.forget_gradients()  # of a stack for which torch raised
-        losses = step.gradient((shards.x, shards.y), batches, weights).tolist()
+        found = step.gradient((shards.x, shards.y), batches, weights)
+        losses = found.tolist()
         values = self._anchor()
         optimizer = step.take(values, self._local.optimizer)
         failures = {n: non_finite_loss(x, 0) for n, x in enumerate(losses) if not math.isfinite(x)}
         if len(failures) < len(tasks) and not is_sound(values, weights):
             raise FloatingPointError("the mean of the updates is not finite")
         numbers: list[tuple[int, int, float, dict[str, Any]]]
-        numbers = [(1, len(b), x * len(b), {}) for b, x in zip(batches, losses, strict=True)]
+        counts = list(map(len, batches))
+        sums = self._over_rows(found, torch.tensor(counts, device="cpu")).tolist()
+        numbers = [(1, rows, total, {}) for rows, total in zip(counts, sums, strict=True)]
         updates = _updates(shards.sizes, numbers, optimizer)
         return Trained(updates, values[None], failures, is_mean=True)
 
     def _anchor(self) -> Tensor:
         """Returns a copy of the global parameters: (parameters,)."""
         first, *_ = pieces = [parameter.detach().reshape(-1) for parameter in self._parameters]
+    def _over_rows(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Returns sums over the rows of batches, as local epochs count: each has the mean loss."""
+        return losses if is_sum(self._local.loss) else losses * counts
+
         if first.device.type != "cpu":
             return torch.cat(pieces)
         room = fresh(sum(len(piece) for piece in pieces) * first.itemsize)

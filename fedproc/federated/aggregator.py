@@ -219,7 +219,8 @@ class Aggregator:
 
         Args:
             data: A pair (x, y) of tensors or arrays, or a map-style dataset.
-            loss: ``loss(outputs, targets)`` -> mean over the rows; by default LocalTraining's.
+            loss: ``loss(outputs, targets)`` -> mean over the rows, or their sum if it has
+                ``reduction="sum"``; by default LocalTraining's.
             metrics: Name -> ``metric(outputs, targets)``, called here once with all rows.
 
         Raises:

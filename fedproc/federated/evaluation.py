@@ -6,6 +6,7 @@ the chunks are added exactly, so an evaluation is the same number on any cluster
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,7 +76,7 @@ def evaluate(
         crew: The trainers.
         block: The model in flat form.
         rows: What to evaluate on.
-        loss: ``loss(outputs, targets)`` -> mean over the rows; None takes LocalTraining's.
+        loss: ``loss(outputs, targets)`` -> one number; None takes LocalTraining's.
         metrics: Name -> ``metric(outputs, targets)``, called once with all outputs.
 
     Raises:
@@ -154,9 +155,11 @@ def _per_client(crew: Crew, block: Tensor) -> dict[str, Evaluation]:
 def combine(sums: Sequence[ChunkSums], rows: int) -> Evaluation:
     """Adds up chunks over ``rows`` rows; the order does not matter, because the sum is exact."""
     losses = [part.loss_sum for part in sums if part.loss_sum is not None]
+    counted = exact_sum([part.counted for part in sums])
     correct = [part.correct for part in sums if part.correct is not None]
+    mean = exact_sum(losses) / counted if counted else math.nan  # as torch says without a label
     return Evaluation(
-        loss=exact_sum(losses) / rows if losses and rows else None,
+        loss=mean if losses else None,
         accuracy=sum(correct) / rows if correct and rows else None,
         examples=rows,
     )

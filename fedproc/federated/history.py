@@ -24,7 +24,8 @@ class Evaluation:
     """How good a model is on some rows.
 
     Attributes:
-        loss: Mean loss over the rows; None without a loss function.
+        loss: Mean loss over the rows, or over their labels where a loss of torch leaves some out
+            or weighs them; None without a loss function.
         accuracy: Part of the rows whose largest output is the target, from 0 to 1; None unless
             targets are integers (rows,) and outputs (rows, classes).
         examples: Number of rows.

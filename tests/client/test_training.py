@@ -58,6 +58,13 @@ def test_the_loss_is_summed_over_rows_before_each_step():
     assert progress.loss_sum == MSE(model(x), y).item() * 10
 
 
+def test_a_loss_that_is_a_sum_is_summed_as_it_is():
+    model, (x, y) = world()
+    loss = nn.MSELoss(reduction="sum")
+    _, _, progress, _ = train(LocalTraining(loss, SGD, batch_size=None, shuffle=False))
+    assert progress.loss_sum == loss(model(x), y).item()
+
+
 def test_gradients_are_clipped_to_a_norm():
     local = LocalTraining(
         MSE, functools.partial(torch.optim.SGD, lr=1.0), batch_size=None, clip_grad_norm=0.01

@@ -431,6 +431,10 @@ def test_a_loss_that_is_a_vector_and_targets_of_the_wrong_dtype_say_so(data):
 # ---------------------------------------------------------------- evaluation
 
 
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
 def test_evaluation_is_the_plain_one(data):
     x, y = blobs(700, seed=3)
     aggregator = Aggregator(dropout_net(), data, LOCAL)
@@ -464,6 +468,32 @@ def test_a_loss_of_an_evaluation_may_hold_tensors(data, way):
     loss = nn.CrossEntropyLoss(weight=weight) if way == "module" else weighted
     found = Aggregator(linear(), data, LOCAL).evaluate((x, y), loss=loss)
     assert found.loss == pytest.approx(weighted(linear()(x), y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.2, 1.0, 3.0])], ids=["equal", "weights"])
+def test_rows_without_a_label_count_nothing_in_the_loss_of_an_evaluation(data, weight):
+    x, y = blobs(700, seed=3)
+    y[:300] = -100  # more than a chunk
+    y[400::3] = -100
+    loss = nn.CrossEntropyLoss(weight=weight)
+    found = Aggregator(linear(), data, LOCAL).evaluate((x, y), loss=loss)
+    assert found.loss == pytest.approx(loss(linear()(x), y).item(), rel=1e-6)
+    assert found.accuracy == (linear()(x).argmax(1) == y).sum().item() / 700
+
+
+def test_a_loss_that_is_a_sum_is_told_as_the_mean_of_the_rows(data):
+    means, sums = (
+        Aggregator(linear(), data, LocalTraining(loss, still, batch_size=4))
+        for loss in (cross_entropy, nn.CrossEntropyLoss(reduction="sum"))
+    )
+    rows = blobs(700, seed=3)
+    assert sums.evaluate(rows).loss == pytest.approx(means.evaluate(rows).loss, rel=1e-6)
+    own = {client: found.loss for client, found in means.evaluate_clients().items()}
+    for client, found in sums.evaluate_clients().items():
+        assert found.loss == pytest.approx(own[client], rel=1e-6)
+    (mine,), (other,) = (aggregator.run(1) for aggregator in (sums, means))
+    assert mine.loss == pytest.approx(other.loss, rel=1e-6)
+    assert mine.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-6)
 
 
 def test_accuracy_needs_classes(data):

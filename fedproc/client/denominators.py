@@ -1,0 +1,91 @@
+"""What the loss of a batch was divided by, so that the losses of batches can be added up.
+
+Runs in workers, and in the parent for what can be refused early. Most losses are a mean over the
+rows. Of torch's, some leave targets out of that mean or weigh them; those that are a sum say so.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedproc.client.gradients import Loss
+
+    Terms = Callable[[Tensor, Tensor], tuple[float, float]]
+
+_MODULES: Final = (nn.CrossEntropyLoss, nn.NLLLoss)
+_FUNCTIONS: Final = (nn.functional.cross_entropy, nn.functional.nll_loss)
+_IGNORED: Final = -100  # by default
+
+
+def told(loss: Loss, name: str) -> Any:
+    """Returns what a loss says of itself, or None: an attribute, or what a partial sets."""
+    if isinstance(loss, functools.partial):
+        return loss.keywords.get(name)
+    return getattr(loss, name, None)
+
+
+def is_sum(loss: Loss) -> bool:
+    """Tells whether a loss says that it is the sum over the rows."""
+    return bool(told(loss, "reduction") == "sum")
+
+
+def ignored_target(loss: Loss) -> int | None:
+    """Returns the target that a loss of torch's leaves out of its mean, or None."""
+    called = loss.func if isinstance(loss, functools.partial) else loss
+    if called not in _FUNCTIONS and type(loss) not in _MODULES:
+        return None
+    ignored = told(loss, "ignore_index")
+    return _IGNORED if ignored is None else int(ignored)
+
+
+def terms_of(loss: Loss) -> Terms:
+    """Makes a function of outputs and targets -> a term of a sum over batches, what it counts.
+
+    The sum of the terms divided by the sum of what they count is the loss of all rows at once. Of a
+    function of a user's that is the mean over the rows, unless it says that it is their sum.
+    """
+    if is_sum(loss):
+        return lambda outputs, targets: (float(loss(outputs, targets)), float(len(targets)))
+
+    def of_rows(outputs: Tensor, targets: Tensor) -> tuple[float, float]:
+        rows = float(len(targets))
+        return float(loss(outputs, targets)) * rows, rows
+
+    ignored, weight = ignored_target(loss), told(loss, "weight")
+    if ignored is None or told(loss, "reduction") not in (None, "mean"):
+        return of_rows
+
+    def of_labels(outputs: Tensor, targets: Tensor) -> tuple[float, float]:
+        if targets.is_floating_point():  # probabilities of the classes
+            return of_rows(outputs, targets)
+        counted = _counted(targets, ignored, weight)
+        if counted:
+            return float(loss(outputs, targets)) * counted, counted
+        return float(_summing(loss)(outputs, targets)), 0.0  # the mean would be something / 0
+
+    return of_labels
+
+
+def _summing(loss: Loss) -> Loss:
+    if isinstance(loss, nn.Module):
+        made = copy.copy(loss)
+        made.reduction = "sum"  # type: ignore[assignment]
+        return made
+    return functools.partial(loss, reduction="sum")  # type: ignore[call-arg]
+
+
+def _counted(targets: Tensor, ignored: int, weight: Tensor | None) -> float:
+    """Returns what a loss of torch's divides by: its labels, or the weights of their classes."""
+    is_label = targets != ignored
+    if weight is None:
+        return float(torch.count_nonzero(is_label))
+    return float(weight[targets[is_label].long()].double().sum())
