@@ -169,6 +169,11 @@ def _require_elementwise(optimizer: torch.optim.Optimizer) -> None:
         raise NotVectorizableError(
             "the optimizer has hooks, which would see all clients at once; use vectorize=False"
         )
+    if optimizer.defaults.get("differentiable"):
+        raise NotVectorizableError(
+            "with differentiable=True torch refuses to step parameters, also those of a client "
+            "alone: leave it out"
+        )
     replaced = patches_of(optimizer)
     if replaced:
         raise NotVectorizableError(

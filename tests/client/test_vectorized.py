@@ -457,6 +457,11 @@ def test_models_that_are_refused_when_they_are_tried(twist, reason):
             "neither the mean nor the sum",
         ),
         (LocalTraining(CE, torch.optim.LBFGS), "LBFGS cannot step"),
+        (LocalTraining(CE, optim(torch.optim.Adam, differentiable=True)), "differentiable=True"),
+        (
+            LocalTraining(CE, optim(torch.optim.SGD, lr=0.1, differentiable=True)),
+            "differentiable=True",
+        ),
         (LocalTraining(CE, lambda p: sgd(p[:1]), clip_grad_norm=1.0), "add up from step to step"),
         (LocalTraining(nn.CrossEntropyLoss(ignore_index=2), sgd), "some targets are 2"),
     ],
