@@ -7,11 +7,13 @@ padded batch needs the rows apart: its loss is their sum with weights, where pad
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor, nn
+
+from fedproc.client.denominators import ignored_target, is_sum, told
 
 if TYPE_CHECKING:
     from fedproc.client.gradients import Loss
@@ -64,22 +66,16 @@ def checked_loss(loss: Loss) -> None:
             "is no mean of the losses of the rows; leave the weights out, use reduction='sum', or "
             "vectorize=False"
         )
-    if getattr(loss, "reduction", "mean") not in ("mean", "sum"):
+    reduction = told(loss, "reduction")
+    if reduction not in (None, "mean", "sum"):
         raise NotVectorizableError(
-            f"the loss has reduction={loss.reduction!r}: vectorize needs 'mean' or 'sum'"  # type: ignore[attr-defined]
+            f"the loss has reduction={reduction!r}: vectorize needs 'mean' or 'sum'"
         )
-
-
-def ignored_target(loss: Loss) -> int | None:
-    """Returns the target that a loss leaves out of its mean, or None."""
-    if loss in (nn.functional.cross_entropy, nn.functional.nll_loss):
-        return -100  # their default
-    return loss.ignore_index if isinstance(loss, _NORMALISED) else None
 
 
 def require_counted(loss: Loss, y: Tensor) -> None:
     """Raises NotVectorizableError if a loss is known to leave some targets out of its mean."""
-    ignored = ignored_target(loss)
+    ignored = None if is_sum(loss) else ignored_target(loss)
     if ignored is not None and not y.is_floating_point() and bool((y == ignored).any()):
         raise NotVectorizableError(
             f"some targets are {ignored}, which {type(loss).__name__} leaves out of its mean: it "
@@ -87,16 +83,9 @@ def require_counted(loss: Loss, y: Tensor) -> None:
         )
 
 
-def unusual_targets(y: Tensor, tried: Collection[int]) -> dict[int, int]:
-    """Finds targets that a loss may leave out of its mean, and were not tried yet.
-
-    Returns:
-        Negative class -> a row that has it.
-    """
-    if y.is_floating_point() or y.ndim != 1 or not bool((y < 0).any()):
-        return {}
-    found = {int(y[row]): row for row in torch.nonzero(y < 0).flatten().tolist()}
-    return {target: found[target] for target in sorted(found.keys() - set(tried))}
+def knows_rows(loss: Loss) -> bool:
+    """Tells whether torch itself computes the losses of the rows; else what is tried is known."""
+    return type(loss) in _KNOWN or loss is nn.functional.cross_entropy
 
 
 def row_losses(loss: Loss) -> RowLosses:
@@ -153,8 +142,9 @@ def reduction_of(
     Raises:
         NotVectorizableError: It is neither, on these rows.
     """
-    whole = losses[0](outputs, targets).double()
-    each = losses[1](outputs, targets).double()
+    leaf = outputs.detach().requires_grad_()
+    followed = losses[0](leaf, targets).double(), losses[1](leaf, targets).double()
+    whole, each = (part.detach() for part in followed)
     if bool(whole.isfinite()) and not bool(each.isfinite().all()):
         raise NotVectorizableError(
             f"the loss of {len(outputs)} rows is {float(whole):.6g}, but that of some rows by "
@@ -162,13 +152,32 @@ def reduction_of(
             "vectorize=False"
         )
     scale = float(each.abs().sum())
-    told = wanted or getattr(losses[0], "reduction", None)
-    makes: dict[Reduction, Tensor] = {"mean": each.mean(), "sum": each.sum()}
-    for reduction, value in makes.items():
-        if told in (None, reduction) and not abs(float(whole - value)) > 1e-5 * scale:
+    wanted = wanted or told(losses[0], "reduction")
+    makes: dict[Reduction, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}
+    for reduction, make in makes.items():
+        if wanted in (None, reduction) and not abs(float(whole - make(each))) > 1e-5 * scale:
+            _require_equal_weights(followed[0], make(followed[1]), leaf)
             return reduction
     raise NotVectorizableError(
         f"the loss of {len(outputs)} rows is {float(whole):.6g}, neither the mean nor the sum of "
         f"the losses of the rows ({float(each.mean()):.6g}, {float(each.sum()):.6g}): a padded "
         "batch would change it; use a mean over the rows, or vectorize=False"
     )
+
+
+def _require_equal_weights(whole: Tensor, made: Tensor, outputs: Tensor) -> None:
+    """Raises unless both follow the outputs alike; rows of equal losses are equal in any mean."""
+    gradients = [torch.autograd.grad(value, outputs)[0] for value in (whole, made)]
+    if not is_close(*gradients):
+        raise NotVectorizableError(
+            f"the loss of {len(outputs)} rows does not weigh them equally, as a mean or a sum "
+            "over the rows would: a padded batch would change it; use a mean over the rows, or "
+            "vectorize=False"
+        )
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Tells whether two results are equal up to the rounding of sums in another order."""
+    finite = expected.detach()[expected.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)

@@ -49,12 +49,9 @@ class Shards:
         x, y = (part.index_select(0, index) for part in (self.x, self.y))
         return x.view(clients, -1, *x.shape[1:]), y.view(clients, -1, *y.shape[1:])
 
-    def some(self, rows: int, also: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Returns rows of clients spread over the stack; one may come twice.
-
-        ``also``: places in ``y`` of others, which follow.
-        """
+    def some(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Returns rows of clients spread over the stack; one may come twice."""
         clients = [place * len(self.sizes) // rows for place in range(rows)]
         places = [self.starts[c] + place % self.sizes[c] for place, c in enumerate(clients)]
-        index = torch.tensor([*places, *also], device=self.x.device)
+        index = torch.tensor(places, device=self.x.device)
         return self.x.index_select(0, index), self.y.index_select(0, index)

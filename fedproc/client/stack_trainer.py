@@ -82,7 +82,7 @@ class StackTrainer:
         assert isinstance(work.local, LocalTraining)
         self._layout = resident.layout
         self._work = work
-        self._stacks = Stacks(resident, work.local, work.rule)
+        self._stacks = Stacks(resident, work.local, work.rule, blocks)
         self._blocks = blocks
         self._spans = spans
 

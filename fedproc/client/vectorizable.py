@@ -6,6 +6,7 @@ where the model and the loss are tried on real rows.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -14,18 +15,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedproc.client.gradients import non_finite_loss
 from fedproc.client.layout import Layout
-from fedproc.client.row_loss import NotVectorizableError, checked_loss, reduction_of
+from fedproc.client.row_loss import (
+    NotVectorizableError,
+    checked_loss,
+    is_close,
+    knows_rows,
+    reduction_of,
+    require_counted,
+)
 from fedproc.client.rules import ControlVariates, Proximal
 from fedproc.client.training import LocalTraining
+from fedproc.client.unlike_rows import unlike_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fedproc.client.gradients import Loss
     from fedproc.client.row_loss import Reduction, RowLosses
     from fedproc.client.rules import LocalRule
     from fedproc.client.training import TrainFunction
+
+    Rows = tuple[Tensor, Tensor]  # inputs and targets, or outputs and targets
 
 _DTYPES: Final = (torch.float32, torch.float64)
 # A stack keeps a few copies of its models (values, gradients, momenta) near the caches; more
@@ -105,7 +117,7 @@ def try_rows(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
     losses: tuple[Loss, RowLosses],
-    rows: tuple[Tensor, Tensor],
+    rows: tuple[Rows, Sequence[Rows]],
     twice: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Reduction:
     """Compares what a stack computes on real rows with what plain torch computes.
@@ -114,7 +126,7 @@ def try_rows(
         model: The resident model, in train mode, at its global values.
         parameters: Its trained parameters, in the order of the columns of a stack.
         losses: The loss as given, and row by row.
-        rows: A few inputs and targets.
+        rows: A few inputs and targets; and all there are, some of which the loss is tried on.
         twice: Inputs, targets, weights -> gradients of two equal clients: (2, parameters).
 
     Returns:
@@ -122,15 +134,16 @@ def try_rows(
 
     Raises:
         NotVectorizableError: They differ, or torch cannot compute the stack.
-        Exception: What plain torch raises on these rows.
+        Exception: What plain torch raises on these rows, or that their loss is not finite.
     """
-    x, y = rows
-    outputs, plain = _plain(model, losses[0], rows, parameters)
+    (x, y), blocks = rows
+    for _, targets in blocks:
+        require_counted(losses[0], targets)
+    outputs, plain = _plain(model, losses[0], (x, y), parameters)
     _require_independent_rows(model, x, outputs)
     try:
-        reduction = reduction_of(losses, outputs, y)
-        for fewer in (2, 3):  # a loss may ask how many rows there are
-            reduction_of(losses, outputs[:fewer], y[:fewer], wanted=reduction)
+        unlike = () if knows_rows(losses[0]) else unlike_rows(blocks)
+        reduction = _reduction(losses, outputs, y, _computed(model, losses[0], unlike))
         weight = 1.0 / len(x) if reduction == "mean" else 1.0
         found = twice(x, y, torch.full((len(x),), weight, device="cpu").to(plain))
     except NotVectorizableError:
@@ -142,8 +155,32 @@ def try_rows(
     return reduction
 
 
+def _reduction(
+    losses: tuple[Loss, RowLosses], outputs: Tensor, y: Tensor, others: Iterable[Rows]
+) -> Reduction:
+    """Finds out whether a loss is the mean or the sum over some rows, and the same over others."""
+    reduction = reduction_of(losses, outputs, y)
+    fewer = [(outputs[:n], y[:n]) for n in (2, 3)]  # a loss may ask how many rows there are
+    for some in chain(fewer, others):
+        reduction_of(losses, *some, wanted=reduction)
+    return reduction
+
+
+def _computed(model: nn.Module, loss: Loss, rows: Iterable[Rows]) -> Iterator[Rows]:
+    """Yields outputs and targets of rows that tell something; others make their clients fail."""
+    for x, y in rows:
+        try:
+            with torch.no_grad():
+                outputs = model(x)
+                is_finite = bool(loss(outputs, y).isfinite())
+        except Exception:  # noqa: BLE001
+            continue
+        if is_finite:
+            yield outputs, y
+
+
 def _require_close(gradient: Tensor, plain: Tensor) -> None:
-    if not _close(gradient, plain):
+    if not is_close(gradient, plain):
         raise NotVectorizableError(
             "the gradient of a stack differs from the plain one by "
             f"{float((gradient - plain).abs().max()):.2g}: the model or the loss does not do "
@@ -162,7 +199,7 @@ def _torch_says(error: Exception) -> str:
 def _plain(
     model: nn.Module,
     loss: Loss,
-    rows: tuple[Tensor, Tensor],
+    rows: Rows,
     parameters: Sequence[nn.Parameter],
 ) -> tuple[Tensor, Tensor]:
     """Returns outputs and gradient (parameters,) as local epochs compute them."""
@@ -174,6 +211,8 @@ def _plain(
             "use vectorize=False"
         )
     value = loss(outputs, rows[1])
+    if not bool(value.isfinite().all()):  # of the losses of the rows it tells nothing
+        raise non_finite_loss(float(value), 0)
     found: Sequence[Tensor | None] = torch.autograd.grad(value, parameters, allow_unused=True)
     if [buffer._version for buffer in model.buffers()] != before:
         raise NotVectorizableError(
@@ -199,14 +238,9 @@ def _require_independent_rows(model: nn.Module, x: Tensor, outputs: Tensor) -> N
     with torch.no_grad():
         tried = [(model(x[:rows]), outputs[:rows]) for rows in (1, 2, 3)]
         tried.append((model(x.flip(0)), outputs.flip(0)))
-    if not all(_close(found, expected.detach()) for found, expected in tried):
+    if not all(is_close(found, expected.detach()) for found, expected in tried):
         raise NotVectorizableError(
             "the output for a row depends on the other rows of its batch, or is drawn at random: "
             "it is another one with fewer rows, or in another order. Clients with unlike numbers "
             "of rows cannot share a padded batch; use vectorize=False"
         )
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)

@@ -24,12 +24,7 @@ from fedproc.client.denominators import is_sum
 from fedproc.client.gradients import non_finite_loss
 from fedproc.client.orders import Orders, first_batches
 from fedproc.client.repeatable import Repeatable
-from fedproc.client.row_loss import (
-    NotVectorizableError,
-    require_counted,
-    row_losses,
-    unusual_targets,
-)
+from fedproc.client.row_loss import NotVectorizableError, row_losses
 from fedproc.client.rules import step_norm
 from fedproc.client.seeding import derive_seed
 from fedproc.client.shards import Shards
@@ -76,8 +71,17 @@ class Stacks:
         most: Clients that may train at once, where each has a model.
     """
 
-    def __init__(self, resident: Resident, local: LocalTraining, rule: LocalRule | None) -> None:
-        """Keeps the model; nothing is tried before the first stack."""
+    def __init__(
+        self,
+        resident: Resident,
+        local: LocalTraining,
+        rule: LocalRule | None,
+        blocks: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Keeps the model; nothing is tried before the first stack.
+
+        ``blocks``: inputs and targets of all clients that may come.
+        """
         self._layout: Layout = resident.layout
         self.most = stack_size(resident.layout.nbytes)
         self._resident = resident
@@ -88,9 +92,8 @@ class Stacks:
         self._parameters = self._repeatable.parameters
         self._row_losses = row_losses(local.loss)
         self._programs = Programs(self._repeatable.known, turns=True)
+        self._blocks = blocks
         self._mean: bool | None = None
-        self._looked_at: Tensor | None = None
-        self._tried_targets: set[int] = set()
 
     def _losses(self, values: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """Computes the loss of every client; buffers and frozen parameters they share."""
@@ -200,13 +203,13 @@ class Stacks:
         updates = _updates(shards.sizes, numbers, optimizer)
         return Trained(updates, values[None], failures, is_mean=True)
 
-    def _anchor(self) -> Tensor:
-        """Returns a copy of the global parameters: (parameters,)."""
-        first, *_ = pieces = [parameter.detach().reshape(-1) for parameter in self._parameters]
     def _over_rows(self, losses: Tensor, counts: Tensor) -> Tensor:
         """Returns sums over the rows of batches, as local epochs count: each has the mean loss."""
         return losses if is_sum(self._local.loss) else losses * counts
 
+    def _anchor(self) -> Tensor:
+        """Returns a copy of the global parameters: (parameters,)."""
+        first, *_ = pieces = [parameter.detach().reshape(-1) for parameter in self._parameters]
         if first.device.type != "cpu":
             return torch.cat(pieces)
         room = fresh(sum(len(piece) for piece in pieces) * first.itemsize)
@@ -232,17 +235,11 @@ class Stacks:
 
     def _tried(self, shards: Shards) -> bool:
         """Tries model and loss before the first stack; returns whether the loss is a mean."""
-        special: dict[int, int] = {}
-        if self._looked_at is not shards.y:
-            require_counted(self._local.loss, shards.y)
-            special = unusual_targets(shards.y, self._tried_targets)
-        if self._mean is None or special:
-            local = self._local.loss, self._row_losses
-            rows = shards.some(_TRIED_ROWS, also=list(special.values()))
-            found = try_rows(self._resident.model, self._parameters, local, rows, self._twice)
+        if self._mean is None:
+            losses = self._local.loss, self._row_losses
+            rows = shards.some(_TRIED_ROWS), self._blocks
+            found = try_rows(self._resident.model, self._parameters, losses, rows, self._twice)
             self._mean = found == "mean"
-            self._tried_targets.update(special)
-        self._looked_at = shards.y
         return self._mean
 
     def _twice(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:

@@ -474,6 +474,97 @@ def test_local_training_that_is_refused_when_it_is_tried(local, reason):
         trainer(model, local).train_stack(block, tasks_of())
 
 
+def masked(outputs, targets):
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    kept = (targets != 0).float()
+    return (losses * kept).sum() / kept.sum().clamp(min=1)
+
+
+def observed(outputs, targets):
+    known = ~targets.isnan()
+    return ((outputs - targets.nan_to_num()).square() * known).sum() / known.sum()
+
+
+def padding(value, places):
+    """Classes 1 and 2 in each row, once or three times; the rows of one client end in padding."""
+    x, y = rows_of()
+    y = (1 + y % 2).view(-1, *[1] * bool(places)).repeat(1, *[3] * bool(places))
+    last = slice(sum(SIZES[:4]) + 25, sum(SIZES[:5]))
+    y[(last, slice(1, None)) if places else last] = value
+    return x, y
+
+
+def gaps():
+    x, y = rows_of()
+    targets = nn.functional.one_hot(y, 3).float()
+    targets[40, 1] = math.nan
+    return x, targets
+
+
+def nets(places, zeros=False):
+    model = nn.Sequential(nn.Linear(5, 9), nn.Unflatten(1, (3, 3))) if places else nn.Linear(5, 3)
+    if zeros:
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["drawn", "zeros"])
+@pytest.mark.parametrize("apart", [False, True], ids=["block", "apart"])
+@pytest.mark.parametrize("places", [False, True], ids=["labels", "sequences"])
+@pytest.mark.parametrize(
+    ("loss", "value"),
+    [
+        (lambda o, y: nn.functional.cross_entropy(o, y), -100),
+        (lambda o, y: nn.functional.cross_entropy(o, y, ignore_index=0), 0),
+        (lambda o, y: nn.functional.cross_entropy(o, y, ignore_index=255), 255),
+        (masked, 0),
+    ],
+    ids=["-100", "0", "255", "masked"],
+)
+def test_targets_that_a_loss_leaves_out_are_found_in_any_row(loss, value, places, apart, zeros):
+    torch.manual_seed(0)
+    model = nets(places, zeros)
+    _, block = start(model)
+    rows = padding(value, places)
+    there = trainer(model, LocalTraining(loss, sgd, batch_size=8), rows, apart=apart)
+    with pytest.raises(NotVectorizableError, match=r"leaves them out|neither the mean|not weigh"):
+        there.train_stack(block, tasks_of())
+
+
+def test_values_that_a_loss_takes_as_missing_are_found():
+    torch.manual_seed(0)
+    model = mlp()
+    _, block = start(model)
+    there = trainer(model, LocalTraining(observed, sgd, batch_size=8), gaps())
+    with pytest.raises(NotVectorizableError, match=r"neither the mean|not weigh"):
+        there.train_stack(block, tasks_of())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_without_a_finite_loss_are_no_reason_to_refuse(bad):
+    torch.manual_seed(0)
+    x, y = rows_of()
+    y[45] = -1  # the class of one row, which has no finite loss
+    x[45] = bad
+    loss = LocalTraining(lambda o, y: CE(o, y % 3), sgd, batch_size=8)
+    layout, block = start(mlp())
+    there = trainer(mlp(), loss, (x, y))
+    for train in (there.train_stack, there.train_some):
+        updates = train(block, tasks_of()).unpacked(layout.nbytes)
+        assert [update is None for update in updates] == [False, False, False, False, True, False]
+        with pytest.raises(FloatingPointError, match="the loss is"):
+            there.failure("c4")
+
+
+def test_padding_is_no_matter_to_a_sum_or_where_all_rows_have_as_much():
+    x, y = padding(0, places=True)
+    y[:, 1:] = 0
+    require_equal(both(lambda: nets(True), LocalTraining(masked, sgd, batch_size=8), (x, y)))
+    total = LocalTraining(lambda o, y: masked(o, y) * (y != 0).sum(), sgd, batch_size=8)
+    require_equal(both(lambda: nets(True), total, padding(0, places=True)), atol=1e-4)
+
+
 def test_a_parameter_without_a_gradient_is_refused():
     class Unused(nn.Module):
         def __init__(self):

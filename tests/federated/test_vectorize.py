@@ -410,6 +410,15 @@ def test_targets_that_an_unknown_loss_leaves_out_are_found(anywhere):
         aggregator.run(1)
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 4, "epochs": 2}, {"batch_size": None}], ids=str)
+def test_a_sum_that_leaves_targets_out_is_right(anywhere, options):
+    data = {client: (x, y.clone()) for client, (x, y) in shards(SIZES).items()}
+    data["e"][1][0] = data["h"][1][5] = -100
+    loss = nn.CrossEntropyLoss(reduction="sum", weight=torch.tensor([1.0, 2.0, 0.5]))
+    local = LocalTraining(loss, functools.partial(torch.optim.SGD, lr=0.01), **options)
+    require_same(run(anywhere, local, data=data, vectorize=True), run(anywhere, local, data=data))
+
+
 def test_negative_targets_that_count_are_right(anywhere):
     """As of a hinge loss."""
     data = {client: (x, 2 * (y > 1).long() - 1) for client, (x, y) in shards(SIZES).items()}
