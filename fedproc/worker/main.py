@@ -4,7 +4,6 @@ Runs in the worker. A process has been forked by the zygote, or executed by ``st
 where forking is not safe.
 """
 
-import contextlib
 import faulthandler
 import os
 import pickle
@@ -26,6 +25,7 @@ from fedproc.worker.host import PARENT, Host
 from fedproc.worker.lifeline import hold_lifeline
 from fedproc.worker.loop import serve
 from fedproc.worker.randomness import Turns, derive, seed_all
+from fedproc.worker.scheduling import work_in_long_turns
 
 
 class Surroundings(NamedTuple):
@@ -52,7 +52,7 @@ def serve_process(spec: WorkerSpec, around: Surroundings, given: Descriptors) ->
     """Be a worker process; returns when the parent says stop or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hold_lifeline(given.lifeline)
-    _let_the_waker_go_on()
+    work_in_long_turns()
     _standard_streams(given)
     faulthandler.enable()
     os.environ.clear()
@@ -131,21 +131,6 @@ def _reply_failed(channel: Channel, error: Exception) -> None:
     body = pickle.dumps(tuple(Failed(0, failure.describe(error, private=False))))
     channel.append(frames.pack(KIND[Failed], frames.PLAIN, 0, body))
     channel.flush()
-
-
-def _let_the_waker_go_on() -> None:
-    """Never take the core from whoever wakes this process up.
-
-    Linux likes to wake a process where its waker runs, and lets it run at once: the parent, in the
-    middle of giving work to the other workers, then stands still for milliseconds, and so does a
-    worker whose command it has not written yet. A process of the batch class gets its share of the
-    processor all the same, but waits until the waker sleeps or another core is idle. Somebody who
-    has chosen another class for the parent has chosen it for its workers, too.
-    """
-    # where there is no such class, or a container forbids choosing one, only time is lost
-    with contextlib.suppress(OSError):
-        if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _standard_streams(given: Descriptors) -> None:

@@ -1,6 +1,9 @@
-"""Workers do not take the core from the parent while it gives work to others."""
+"""Workers do not take the core from the parent while it gives work to others; long turns."""
 
+import ctypes
 import os
+import platform
+import struct
 import subprocess
 import sys
 
@@ -27,6 +30,27 @@ def test_a_worker_is_of_the_batch_class_and_the_parent_stays_as_it_was() -> None
 
     assert found == [os.SCHED_BATCH] * 2
     assert os.sched_getscheduler(0) == before
+
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
+
+
+def slice_and_nice():
+    """Nanoseconds of a turn, and the nice value, of the calling thread."""
+    found = ctypes.create_string_buffer(48)
+    assert ctypes.CDLL(None).syscall(SCHED_GETATTR, 0, found, 48, 0) == 0
+    _, _, _, nice, _, turn, _, _ = struct.unpack("IIQiIQQQ", found.raw)
+    return turn, nice
+
+
+@pytest.mark.skipif(SCHED_GETATTR is None, reason="the number of the system call is not known")
+def test_a_worker_takes_long_turns_and_keeps_its_nice_value() -> None:
+    usual, nice = slice_and_nice()
+    if not usual:
+        pytest.skip("Linux before 6.12 has one length of turns for all")
+    with fp.Cluster(1) as cluster:
+        assert cluster.workers[0].run(slice_and_nice).get() == (20_000_000, nice)
+    assert slice_and_nice() == (usual, nice)
 
 
 def test_an_inline_worker_leaves_the_process_as_it_is() -> None:
