@@ -27,10 +27,13 @@ _IGNORED: Final = -100  # by default
 
 
 def told(loss: Loss, name: str) -> Any:
-    """Returns what a loss says of itself, or None: an attribute, or what a partial sets."""
-    if isinstance(loss, functools.partial):
-        return loss.keywords.get(name)
-    return getattr(loss, name, None)
+    """Returns what a loss says of itself, or None: what a partial sets, or an attribute."""
+    if not isinstance(loss, functools.partial):
+        return getattr(loss, name, None)
+    if name in loss.keywords:
+        return loss.keywords[name]
+    own = vars(loss).get(name)
+    return told(loss.func, name) if own is None else own
 
 
 def is_sum(loss: Loss) -> bool:
@@ -45,6 +48,17 @@ def ignored_target(loss: Loss) -> int | None:
         return None
     ignored = told(loss, "ignore_index")
     return _IGNORED if ignored is None else int(ignored)
+
+
+def labelled_rows(loss: Loss | None, targets: Tensor) -> int:
+    """Counts the rows that the loss says something of: not those without a label that counts."""
+    ignored = None if loss is None else ignored_target(loss)
+    if loss is None or ignored is None or targets.is_floating_point():
+        return len(targets)
+    counts, weight = targets != ignored, told(loss, "weight")
+    if weight is not None:
+        counts[counts.clone()] = weight[targets[counts].long()] != 0
+    return int(counts.reshape(len(targets), -1).any(1).sum()) if len(targets) else 0
 
 
 def terms_of(loss: Loss) -> Terms:

@@ -87,17 +87,18 @@ def _correct(outputs: object, targets: Tensor) -> int | None:
     return int((outputs.argmax(dim=1) == targets).sum())
 
 
-def merged(sums: Sequence[ChunkSums], least_rows: int) -> ChunkSums:
+def merged(sums: Sequence[ChunkSums], least_rows: int, labelled: int | None = None) -> ChunkSums:
     """Adds up the chunks of one client.
 
     Args:
         sums: The chunks.
         least_rows: Fewer rows than this give no numbers: a mean over few rows tells of each.
+        labelled: Rows that the loss says something of; None: all.
     """
     rows = sum(part.rows for part in sums)
     losses = [part.loss_sum for part in sums if part.loss_sum is not None]
     correct = [part.correct for part in sums if part.correct is not None]
-    if rows < least_rows:
+    if (rows if labelled is None else labelled) < least_rows:
         return ChunkSums(rows, None, 0.0, None)
     return ChunkSums(
         rows,

@@ -6,10 +6,11 @@ Runs in worker processes. May assume one command at a time.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from fedproc.client.denominators import labelled_rows
 from fedproc.client.devices import placed_loss
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
@@ -18,12 +19,15 @@ from fedproc.client.switches import Switches
 from fedproc.client.training import LocalTraining
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from fedproc.client.gradients import Loss
     from fedproc.client.work import Span, Work
+
+_Part = TypeVar("_Part")
+_Found = TypeVar("_Found")
 
 
 class Evaluator:
@@ -71,27 +75,46 @@ class Evaluator:
         x, y = (part.to(self._device) for part in rows)
         size, outputs = chunks
         loss = placed_loss(loss, self._device) or self._loss()
-        pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
-        with preserved_streams(self._device), self._loaded(pieces, seed) as model:
-            return evaluate_chunks(model, (x, y), loss, size, outputs=outputs)
+
+        def use(model: nn.Module, rows: tuple[Tensor, Tensor]) -> list[ChunkSums]:
+            return evaluate_chunks(model, rows, loss, size, outputs=outputs)
+
+        found = self._each(
+            block, list(zip(torch.split(x, size), torch.split(y, size), strict=True)), use
+        )
+        return [sums for part in found for sums in part]
 
     def evaluate_clients(
         self, block: Tensor, clients: Sequence[str], chunk_rows: int
     ) -> dict[str, ChunkSums]:
         """Evaluates the global model on the rows of clients of this worker."""
         least = self._work.private_rows or 0
+
+        def use(model: nn.Module, client: str) -> ChunkSums:
+            rows, loss = self._rows(client), self._loss()
+            labelled = labelled_rows(loss, rows[1]) if least else None
+            return merged(evaluate_chunks(model, rows, loss, chunk_rows), least, labelled)
+
+        return dict(zip(clients, self._each(block, clients, use), strict=True))
+
+    def _each(
+        self, block: Tensor, parts: Sequence[_Part], use: Callable[[nn.Module, _Part], _Found]
+    ) -> list[_Found]:
+        """Calls ``use`` with the global model and each part.
+
+        What one leaves must not reach the next, which may be evaluated elsewhere.
+        """
         pieces, seed = self._resident.layout.pieces(block), derive_seed("evaluation")
-        sums = {}
-        # what one client leaves must not reach the next, who may be evaluated elsewhere
-        groups = [[each] for each in clients] if self._resident.remembers else [clients]
+        found = []
+        groups = [[each] for each in parts] if self._resident.remembers else [parts]
         with preserved_streams(self._device):
             for group in groups:
                 with self._loaded(pieces, seed) as model:
-                    for client in group:
-                        rows = self._rows(client)
-                        found = evaluate_chunks(model, rows, self._loss(), chunk_rows)
-                        sums[client] = merged(found, least)
-        return sums
+                    for part in group:  # code that only computes may draw, and write in place
+                        self._resident.reload_written(pieces)
+                        seed_streams(seed, self._device)
+                        found.append(use(model, part))
+        return found
 
     def _loss(self) -> Loss | None:
         return self._work.local.loss if isinstance(self._work.local, LocalTraining) else None

@@ -37,10 +37,12 @@ class KeptTensor:
         self._facts = facts_of(tensor) if self._compares else None
 
     def restore(self) -> None:
-        """Makes the tensor what it was; a graph that it has become part of is let go."""
+        """Makes the tensor what it was, without a gradient, and no part of a graph."""
         tensor = self._tensor
         if tensor.requires_grad is not self._requires_grad:
             tensor.detach_().requires_grad_(self._requires_grad)
+        if tensor.is_leaf:
+            tensor.grad = None
         if self._values is None:
             return
         if self._compares and facts_of(tensor) != self._facts:

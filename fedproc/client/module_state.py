@@ -28,6 +28,8 @@ _MEMBERS: Final = tuple(
     name for name, value in vars(nn.Module()).items() if isinstance(value, dict)
 )
 _FUNCTIONS: Final = (FunctionType, BuiltinFunctionType, type)
+# The mode of parts is set before every client, but not that of losses and of modules in lists.
+_SAME: Final = EVERY_MODULE - {"training"}
 
 
 class ModuleState:
@@ -159,7 +161,7 @@ def _members(part: object) -> tuple[str, ...]:
 
 
 def _attributes(part: object) -> dict[str, Any]:
-    known = EVERY_MODULE if isinstance(part, nn.Module) else ()
+    known = _SAME if isinstance(part, nn.Module) else ()
     return {name: value for name, value in vars(part).items() if name not in known}
 
 

@@ -28,6 +28,7 @@ _KNOWN: Final = (
     nn.BCEWithLogitsLoss,
     nn.CrossEntropyLoss,
     nn.HuberLoss,
+    nn.KLDivLoss,
     nn.L1Loss,
     nn.MSELoss,
     nn.MultiLabelSoftMarginLoss,
@@ -39,6 +40,7 @@ _KNOWN: Final = (
 # Of these, outputs (n, 1) and targets (n,) are broadcast: every row meets every other.
 _BROADCASTING: Final = (
     nn.HuberLoss,
+    nn.KLDivLoss,
     nn.L1Loss,
     nn.MSELoss,
     nn.MultiLabelSoftMarginLoss,
@@ -47,6 +49,7 @@ _BROADCASTING: Final = (
     nn.SoftMarginLoss,
 )
 _NORMALISED: Final = (nn.CrossEntropyLoss, nn.NLLLoss)
+_OF_ROWS: Final = "batchmean"  # of KLDivLoss: the mean of the sums of the rows
 
 
 class NotVectorizableError(ValueError):
@@ -67,7 +70,7 @@ def checked_loss(loss: Loss) -> None:
             "vectorize=False"
         )
     reduction = told(loss, "reduction")
-    if reduction not in (None, "mean", "sum"):
+    if reduction not in (None, "mean", "sum", _OF_ROWS):
         raise NotVectorizableError(
             f"the loss has reduction={reduction!r}: vectorize needs 'mean' or 'sum'"
         )
@@ -152,7 +155,8 @@ def reduction_of(
             "vectorize=False"
         )
     scale = float(each.abs().sum())
-    wanted = wanted or told(losses[0], "reduction")
+    said = told(losses[0], "reduction")
+    wanted = wanted or ("mean" if said == _OF_ROWS else said)
     makes: dict[Reduction, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}
     for reduction, make in makes.items():
         if wanted in (None, reduction) and not abs(float(whole - make(each))) > 1e-5 * scale:

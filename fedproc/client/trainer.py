@@ -146,7 +146,7 @@ class Trainer(Evaluator):
                 zip(tasks, updates, stack.rows, strict=True)
             ):
                 if update is not None:
-                    updates[place] = may_leave(update, self._work)
+                    updates[place] = self._may_leave(update, task.client)
                 elif task.client not in stack.failures and row is not None:
                     alone = known[0].get(task.client, {}), known[1]
                     updates[place] = self._attempt(pieces, task, alone, slots[row])
@@ -207,7 +207,12 @@ class Trainer(Evaluator):
         if task.clip_norm is not None:
             update.within = clip_update(self._resident.layout, pieces, slot, task.clip_norm)
         update.began, update.ended = began, time.perf_counter()
-        return may_leave(update, self._work)
+        return self._may_leave(update, task.client)
+
+    def _may_leave(self, update: Update, client: str) -> Update:
+        if self._work.private_rows is None:
+            return update
+        return may_leave(update, self._work, self._rows(client)[1])
 
     def _run_epochs(
         self, model: nn.Module, local: LocalTraining, task: Task, known: _Known

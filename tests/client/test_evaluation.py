@@ -106,3 +106,31 @@ def test_the_chunks_of_a_client_count_what_they_counted():
     few = merged(evaluate_chunks(model, (x, y), loss, 4), 24)
     assert (few.loss_sum, few.counted, few.correct) == (None, 0.0, None)
     assert combine([few], 23).loss is None
+
+
+def say_sum(loss):
+    loss.reduction = "sum"
+    return loss
+
+
+def summed(outputs, targets, scale=1.0):
+    return scale * nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(
+            say_sum(lambda outputs, targets, scale: summed(outputs, targets)), scale=1
+        ),
+        say_sum(functools.partial(summed, scale=1.0)),
+        functools.partial(nn.CrossEntropyLoss(reduction="sum")),
+    ],
+    ids=["of a function", "itself", "of a module"],
+)
+def test_a_partial_says_that_it_is_a_sum_by_what_it_calls_or_by_itself(loss):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))
+    sums = evaluate_chunks(model, (x, y), loss, 8)
+    found = sum(part.loss_sum for part in sums) / sum(part.counted for part in sums)
+    assert found == pytest.approx(nn.functional.cross_entropy(model(x), y).item())

@@ -162,6 +162,16 @@ def test_losses_of_vectors(loss):
     require_equal(both(mlp, LocalTraining(loss, sgd, batch_size=8, epochs=2), rows))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+def test_divergences_of_distributions(reduction):
+    x, y = rows_of()
+    rows = x, nn.functional.one_hot(y, 3) * 0.7 + 0.1
+    loss = nn.KLDivLoss(reduction=reduction)
+    local = LocalTraining(loss, functools.partial(torch.optim.SGD, lr=0.01), batch_size=8)
+    require_equal(both(lambda: mlp().append(nn.LogSoftmax(1)), local, rows))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

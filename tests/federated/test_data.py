@@ -10,6 +10,7 @@ from fedproc.client.training import LocalTraining
 from fedproc.errors import NotPermittedError, QuorumError, RemoteError
 from fedproc.federated.aggregator import Aggregator
 from fedproc.federated.data import FederatedDataset, federate
+from fedproc.federated.history import Evaluation
 from fedproc.federated.holding import deal
 from fedproc.federated.loader import FederatedDataLoader
 from fedproc.federated.partition import IID, ByKey, Dirichlet
@@ -141,6 +142,21 @@ def test_private_rows_train_and_evaluate_but_only_means_over_enough_rows_leave(c
 
     small = FederatedDataset(shards([4, 4]), cluster, private=True)
     assert Aggregator(linear(), small, local).run_round().loss is None
+
+
+def test_a_loss_of_few_labels_of_many_private_rows_does_not_leave(cluster):
+    clients = shards([30, 12])
+    clients["b"][1][1:] = -100  # one label is left: its loss would be that of one row
+    local = LocalTraining(cross_entropy, sgd)
+    private, public = (
+        Aggregator(linear(), FederatedDataset(clients, cluster, private=kind), local)
+        for kind in (True, False)
+    )
+    own = private.evaluate_clients()
+    assert own["a"] == public.evaluate_clients()["a"]
+    assert own["b"] == Evaluation(None, None, 12)
+    alone = FederatedDataset({"b": clients["b"]}, cluster, private=True)
+    assert Aggregator(linear(), alone, local, seed=1).run_round().loss is None
 
 
 def test_what_a_function_keeps_of_private_rows_does_not_leave(cluster):

@@ -567,6 +567,95 @@ def test_a_client_that_is_evaluated_leaves_nothing_to_the_next(anywhere):
         assert found[client] == alone.evaluate_clients()[client]
 
 
+class Noisy(nn.Module):
+    """Draws in eval mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x):
+        return self.inner(nn.functional.dropout(x, 0.5))
+
+
+class Shrinking(nn.Module):
+    """Writes to a parameter in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        if not self.training:
+            self.scale.mul_(0.5)
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("make", [Noisy, Shrinking, Counting])
+def test_an_evaluation_does_not_depend_on_who_is_evaluated_where(make):
+    local, found = LocalTraining(cross_entropy, sgd), []
+    for workers in (1, 2, 3):
+        with Cluster(workers, transport="inline") as cluster:
+            aggregator = Aggregator(make(), FederatedDataset(shards(SIZES), cluster), local)
+            rows = shards([900])["a"]
+            found.append((aggregator.evaluate_clients(), aggregator.evaluate(rows)))
+    assert found[0] == found[1] == found[2]
+
+
+class OnceTraining(nn.Module):
+    """A loss that is in train mode for its first batch, with a weight that gathers a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        gathered = 0.0 if self.weight.grad is None else float(self.weight.grad)
+        mode = 2.0 if self.training else 1.0
+        self.eval()
+        return (mode + gathered) * self.weight * cross_entropy(outputs, targets)
+
+
+class Hiding(nn.Module):
+    """The same, by a part and a tensor that torch does not know of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.hidden = [nn.Identity(), torch.ones((), requires_grad=True)]
+
+    def forward(self, x):
+        part, scale = self.hidden
+        gathered = 0.0 if scale.grad is None else float(scale.grad)
+        mode = 2.0 if part.training else 1.0
+        part.eval()
+        return self.inner(x) * (mode + gathered) * scale
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"), [(linear, OnceTraining()), (Hiding, cross_entropy)], ids=["loss", "hidden"]
+)
+def test_modes_and_gradients_that_torch_would_not_reset_are_as_they_were(anywhere, model, loss):
+    local = LocalTraining(loss, sgd, batch_size=4, shuffle=False)
+    aggregator = Aggregator(model(), FederatedDataset(shards(SIZES), anywhere), local)
+    aggregator.run(2)
+    alone = Aggregator(model(), FederatedDataset(shards(SIZES), anywhere), local)
+    for _ in range(2):
+        trained, weights = [], []
+        for x, y in shards(SIZES).values():
+            own, criterion = copy.deepcopy((alone.model, loss))
+            optimizer = sgd(own.parameters())
+            for xs, ys in zip(x.split(4), y.split(4), strict=True):
+                optimizer.zero_grad()
+                criterion(own(xs), ys).backward()
+                optimizer.step()
+            trained.append(own)
+            weights.append(float(len(x)))
+        alone.model.load_state_dict(fp.weighted_average(trained, weights).state_dict())
+    assert bits(aggregator.model) == bits(alone.model)
+
+
 def test_hooks_of_a_factory_are_gone_after_the_question_for_affine_steps(anywhere):
     found = []
     for vectorize in (False, True):
