@@ -25,7 +25,7 @@ class Handle:
     taken: tuple[int, object] | None = None  # the thread that brings it home or moves it
     facts: dict[str, Any] | None = None  # kind, shape ... as last told
     facts_at = -1  # link.outbox.writes when they were
-    place: tuple[int, list[Any]] | None = None  # see ``reading._lent``
+    place: "tuple[Link, int, list[Any]] | None" = None  # see ``reading._lent``
     labels: tuple[frozenset[str], str] = (frozenset(), "")  # tags, description
     whole: "Handle | None" = None  # of what this is a part, and where in it
     path: tuple[Any, ...] = ()

@@ -61,12 +61,14 @@ class Inbox:
         except IndexError:
             return None
 
-    def unfinished(self, done: int) -> list[str]:
+    def unfinished(self, done: int, last: int) -> list[str]:
         """What the worker was asked and has not done, oldest first.
 
-        ``done``: the last command that it has done, perhaps without having told.
+        Args:
+            done: the last command that it has done, perhaps without having told.
+            last: the last for which anybody waits.
         """
-        return [what for number, _, what in self.expected.copy() if number > done]
+        return [what for number, _, what in self.expected.copy() if done < number <= last]
 
     # ---- what has come
 

@@ -12,15 +12,10 @@ def lend(link: Link, borrow: Borrow, message: Message, site: Site) -> int:
     Returns:
         ``link.outbox.writes``, with which what the answer tells is good.
     """
-    link.check_process()
-    with link.outbox.lock:  # nobody gets a write in between
-        query = link.submit(message, site, urgent=True)
-        try:
-            link.outbox.borrows.begin(borrow, query)
-        except BaseException:  # Ctrl-C: the borrow does not know its number yet
-            link.inbox.abandon(query)
-            raise
-        return link.outbox.writes
+    writes = _begin(link, borrow, message, site)
+    assert writes is not None
+    link.flush()
+    return writes
 
 
 def lend_again(link: Link, borrow: Borrow, message: Message, site: Site, writes: int) -> bool:
@@ -29,19 +24,45 @@ def lend_again(link: Link, borrow: Borrow, message: Message, site: Site, writes:
     Not where something is private: a worker may have to refuse, whatever was written. Nor where
     submitting would wait.
     """
-    link.check_process()
-    with link.outbox.lock:
-        waits = link.lockstep != 0.0 or link.inbox.unanswered() > MOST_UNANSWERED // 2
-        if link.outbox.writes != writes or link.keeps_private or waits:
-            return False
-        borrow.answered = False
-        number = link.submit(message, site, more=True)
-        try:
-            link.outbox.borrows.begin(borrow, number)
-        except BaseException:
-            link.release(number)
-            raise
-    return True
+    # the janitor writes it, or the next command takes it along
+    return _begin(link, borrow, message, site, writes) is not None
+
+
+def _begin(
+    link: Link, borrow: Borrow, message: Message, site: Site, known: int | None = None
+) -> int | None:
+    """Send and note the borrow; nothing gets in between, and signal handlers are refused.
+
+    Returns:
+        ``link.outbox.writes``; None: it is not what is ``known``, and nothing was sent.
+    """
+    outbox, number = link.outbox, 0
+    try:
+        link.check()
+        with outbox.lock:
+            if link.end is not None or outbox.sending:
+                link.refuse(message.what)
+            outbox.sending, outbox.drawn, last = True, 0, outbox.last
+            try:
+                if known is not None:
+                    if outbox.writes != known or not _may_lend_unasked(link):
+                        return None
+                    borrow.answered = False
+                outbox.send(message, site)
+                outbox.borrows.begin(borrow, outbox.drawn)
+                if known is not None:
+                    outbox.last = last  # nobody waits for it: with no other work a worker is idle
+                return outbox.writes
+            finally:
+                number, outbox.sending = outbox.drawn, False
+    except BaseException:  # Ctrl-C, too: the borrow may not know its number yet
+        outbox.disown(number, message)
+        raise
+
+
+def _may_lend_unasked(link: Link) -> bool:
+    waits = link.lockstep != 0.0 or link.inbox.unanswered() > MOST_UNANSWERED // 2
+    return not (waits or link.keeps_private)
 
 
 def free_to_write(link: Link, borrow: Borrow) -> None:

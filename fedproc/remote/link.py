@@ -106,7 +106,7 @@ class Link:
                 self.check()
             with outbox.lock:
                 if self.end is not None or outbox.sending:
-                    self._refuse(message.what)
+                    self.refuse(message.what)
                 idle, outbox.sending, outbox.drawn = self.inbox.executed >= outbox.last, True, 0
                 try:
                     number, waiting = outbox.send(message, site)
@@ -124,7 +124,7 @@ class Link:
             raise
         return number
 
-    def _refuse(self, what: str) -> NoReturn:
+    def refuse(self, what: str) -> NoReturn:
         """Raise why nothing can be sent now."""
         self.check()
         raise reentered(self.name, what)
@@ -303,7 +303,7 @@ class Link:
         with self.outbox.lock:
             if self.end is not None:
                 return
-            unfinished = self.inbox.unfinished(self.done())
+            unfinished = self.inbox.unfinished(self.done(), self.outbox.last)
             self.lost_seen = not unfinished
             self.end = lost(self.name, self.process, why, unfinished, self._oom_kills)
         self._let_go()

@@ -97,6 +97,8 @@ class Outbox:
                 message.exporter.release()
         elif message.record in commands.QUERIES:
             self._inbox.abandon(number)
+        elif message.record is commands.Lend:
+            self.release(number)
         else:
             self.trash.append(number)
 

@@ -148,19 +148,30 @@ def lent(pointer: "Pointer") -> Iterator[torch.Tensor]:
     link = handle.link
     borrow = Borrow(scoped=True)
     try:
-        yield _lent(link, borrow, handle)
+        yield _lent(link, borrow, handle, owned=_owns(pointer))
     finally:
         give_back(link, borrow)
 
 
-def _lent(link: Link, borrow: Borrow, handle: Handle) -> torch.Tensor:
+def _owns(pointer: "Pointer") -> bool:
+    """Whether the object lives as long as the pointer: one that was found by a search frees none.
+
+    Dropping the one that does is no write.
+    """
+    owner: bool | Pointer = pointer
+    while not isinstance(owner, bool):
+        owner = owner._owner
+    return owner
+
+
+def _lent(link: Link, borrow: Borrow, handle: Handle, *, owned: bool) -> torch.Tensor:
     """Asks where a tensor lies only if something may have moved it: an answer is two wake-ups.
 
-    Until then ``handle.place`` holds it: (link.outbox.writes when it was told, [place, dtype,
+    Until then ``handle.place`` holds it: (who told, link.outbox.writes then, [place, dtype,
     shape]).
     """
     handle.check()
-    told = _lent_again(link, borrow, handle)
+    told = _lent_again(link, borrow, handle) if owned else None
     if told is None:
         writes = _ask(link, borrow, handle, "borrow", lent=True)
         flags, body, _ = link.answer(borrow.query, "borrow")
@@ -169,7 +180,7 @@ def _lent(link: Link, borrow: Borrow, handle: Handle) -> torch.Tensor:
             return whole.detach()
         *told, stays = body  # one piece of memory
         if stays:
-            handle.place = writes, told
+            handle.place = link, writes, told
     place, dtype, shape = told
     return _mapped(link, place).view(dtype).view(shape)
 
@@ -177,9 +188,9 @@ def _lent(link: Link, borrow: Borrow, handle: Handle) -> torch.Tensor:
 def _lent_again(link: Link, borrow: Borrow, handle: Handle) -> list[Any] | None:
     """Where a tensor lies, if that is known; it is held there then."""
     known = handle.place
-    if known is None:
+    if known is None or known[0] is not link:  # another thread moves it
         return None
-    writes, told = known
+    _, writes, told = known
     message = plain(commands.Lend(handle.oid, told[0]), "borrow")
     return told if lend_again(link, borrow, message, caller(), writes) else None
 

@@ -230,15 +230,17 @@ class Worker:
 
     def clear(self) -> "Worker":
         """Forget all objects; pointers to them raise ObjectGoneError from now on."""
-        self._inspect("clear")
-        self.link.outbox.writes += 1  # what is known of objects is not so any more
-        for reference in list(self.link.outbox.handles.values()):
-            handle = reference()
-            if handle is not None:
-                handle.gone = (
-                    f"object {handle.oid} is gone: worker {self.name!r} was cleared. Send it again."
-                )
-        self.link.outbox.handles.clear()
+        link = self.link
+        link.tidy()
+        with link.outbox.lock:  # nobody asks in between
+            link.outbox.writes += 1  # what is known of objects is not so any more
+            number = link.submit(plain(commands.Inspect("clear"), "clear"), caller(), urgent=True)
+        link.answer(number, "clear")
+        for handle in filter(None, [held() for held in list(link.outbox.handles.values())]):
+            handle.gone = (
+                f"object {handle.oid} is gone: worker {self.name!r} was cleared. Send it again."
+            )
+        link.outbox.handles.clear()
         return self
 
     def _inspect(self, what: str, *args: Any) -> Any:

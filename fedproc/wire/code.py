@@ -11,7 +11,7 @@ import importlib
 import io
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 from cloudpickle.cloudpickle import _make_skeleton_class
@@ -133,7 +133,8 @@ def _with_slots(slots: Any, make: Any, arguments: Any, state: Any, *rest: Any) -
     cloudpickle sets ``__slots__`` when the class is made already: its instances have a dict then,
     and do not come home to the class that has none.
     """
-    if isinstance(slots, (str, tuple, list, dict)):  # an iterator has given all it had
+    # an iterator has given all it had; the metaclass of named tuples sets them itself
+    if isinstance(slots, (str, tuple, list, dict)) and NamedTuple not in arguments[2]:
         attributes, more = state
         attributes.pop("__slots__", None)
         constructor, name, bases, keywords, *others = arguments

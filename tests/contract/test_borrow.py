@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fedproc as fp
+from fedproc.remote.link import Link
+from fedproc.remote.outbox import Outbox
 from fedproc.remote.reading import start
 from tests.contract.things import Adder, Counter, each, outcome
 
@@ -262,3 +264,76 @@ def test_memory_borrowed_again_is_given_back(bob):
             assert t[-1].item() == 1.0
     del p
     assert bob.stats().arena_bytes < 500_000
+
+
+def test_what_was_freed_is_not_borrowed_again(bob):
+    p = bob.send(torch.ones(50_000), tags="freed")
+    (found,) = bob.search("freed")
+    with found.borrow():
+        pass
+    del p
+    with pytest.raises(fp.ObjectGoneError), found.borrow():
+        pass
+
+
+def test_a_place_of_another_worker_is_not_borrowed_again(bob, alice, monkeypatch):
+    hidden, p = alice.send(torch.zeros(50_000)), bob.send(torch.ones(50_000))
+    hidden.wait()
+    answer = Link.answer
+
+    def move_meanwhile(link, number, what, timeout=None):
+        got = answer(link, number, what, timeout)
+        if what == "borrow":
+            monkeypatch.setattr(Link, "answer", answer)
+            p.move(alice)  # as another thread may
+        return got
+
+    monkeypatch.setattr(Link, "answer", move_meanwhile)
+    for _ in range(2):
+        with p.borrow() as t:
+            assert t[0].item() == 1.0
+
+
+def test_nothing_is_borrowed_again_once_it_is_being_cleared(bob, monkeypatch):
+    p = bob.send(torch.ones(50_000))
+    with p.borrow():
+        pass
+    answer = Link.answer
+
+    def borrow_meanwhile(link, number, what, timeout=None):
+        if what == "clear":  # as another thread may
+            with pytest.raises(fp.ObjectGoneError), p.borrow():
+                pass
+        return answer(link, number, what, timeout)
+
+    monkeypatch.setattr(Link, "answer", borrow_meanwhile)
+    bob.clear()
+
+
+def test_an_interrupted_borrow_holds_no_memory(bob, monkeypatch):
+    p = bob.send(torch.ones(500_000))
+    with p.borrow():
+        pass
+    send = Outbox.send
+
+    def interrupted(outbox, message, site):
+        sent = send(outbox, message, site)
+        if message.what == "borrow":
+            raise KeyboardInterrupt
+        return sent
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Outbox, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt), p.borrow():
+            pass
+    del p
+    bob.stats()  # takes in an answer that nobody waits for
+    assert bob.stats().arena_bytes < 500_000
+
+
+def test_a_worker_that_only_lends_is_idle(bob, x):
+    p = bob.send(x)
+    for _ in range(2):
+        with p.borrow():
+            pass
+    assert not bob.link.pending()
