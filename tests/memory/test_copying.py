@@ -1,5 +1,6 @@
 """Copies side by side: nothing is lost in a thread."""
 
+import math
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fedproc.memory import copying, helpers
+from fedproc.memory.copying import same_bits
 
 COUNT = 2 * copying.SIDE_BY_SIDE_BYTES + 5
 
@@ -198,3 +200,23 @@ def test_ctrl_c_is_raised_when_no_thread_is_at_work(new, ctrl_c):
         copying.side_by_side(work, [(0,), (1,)], 2)
     assert len(done) == 1
     assert new(1) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    "bool uint8 int16 bfloat16 float16 float32 float64 int64 complex64 complex128".split(),
+)
+def test_one_bit_makes_a_difference(dtype):
+    one = torch.ones(6, 5).to(getattr(torch, dtype))
+    other = one.clone()
+    assert same_bits(one, other)
+    assert same_bits(one.t(), other.t())
+    other.view(torch.uint8).reshape(-1)[7] ^= 1
+    assert not same_bits(one, other)
+    assert same_bits(one[:0], other[:0])
+
+
+def test_bits_tell_zeros_apart_and_nan_is_nan():
+    odd = torch.tensor([math.nan, -0.0])
+    assert same_bits(odd, odd.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
