@@ -72,10 +72,7 @@ def require_positive(name: str, value: object) -> float:
     Raises:
         ValueError: It is no such number.
     """
-    number = as_real(value)
-    if number is None or not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return number
+    return _real(name, value, "a finite number above 0", lambda n: 0 < n < math.inf)
 
 
 def require_not_negative(name: str, value: object) -> float:
@@ -84,10 +81,7 @@ def require_not_negative(name: str, value: object) -> float:
     Raises:
         ValueError: It is no such number.
     """
-    number = as_real(value)
-    if number is None or not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return number
+    return _real(name, value, "a finite number of at least 0", lambda n: 0 <= n < math.inf)
 
 
 def require_fraction(name: str, value: object, below: float = 1.0) -> float:
@@ -96,10 +90,7 @@ def require_fraction(name: str, value: object, below: float = 1.0) -> float:
     Raises:
         ValueError: It is no such number.
     """
-    number = as_real(value)
-    if number is None or not 0 <= number < below:
-        raise ValueError(f"{name} must be a number from 0 to below {below}, got {value!r}")
-    return number
+    return _real(name, value, f"a number from 0 to below {below}", lambda n: 0 <= n < below)
 
 
 def require_seconds(name: str, value: object) -> float:
@@ -108,9 +99,13 @@ def require_seconds(name: str, value: object) -> float:
     Raises:
         ValueError: It is no such number.
     """
+    return _real(name, value, "a number of seconds above 0", lambda n: n > 0)  # NaN is not
+
+
+def _real(name: str, value: object, what: str, fits: Callable[[float], bool]) -> float:
     number = as_real(value)
-    if number is None or not number > 0:  # NaN is not
-        raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
+    if number is None or not fits(number):
+        raise ValueError(f"{name} must be {what}, got {value!r}")
     return number
 
 

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -55,9 +54,7 @@ def labelled_rows(loss: Loss | None, targets: Tensor) -> int:
     ignored = None if loss is None else ignored_target(loss)
     if loss is None or ignored is None or targets.is_floating_point():
         return len(targets)
-    counts, weight = targets != ignored, told(loss, "weight")
-    if weight is not None:
-        counts[counts.clone()] = weight[targets[counts].long()] != 0
+    counts = _counts(targets, ignored, told(loss, "weight")) != 0
     return int(counts.reshape(len(targets), -1).any(1).sum()) if len(targets) else 0
 
 
@@ -81,7 +78,7 @@ def terms_of(loss: Loss) -> Terms:
     def of_labels(outputs: Tensor, targets: Tensor) -> tuple[float, float]:
         if targets.is_floating_point():  # probabilities of the classes
             return of_rows(outputs, targets)
-        counted = _counted(targets, ignored, weight)
+        counted = float(_counts(targets, ignored, weight).sum())
         if counted:
             return float(loss(outputs, targets)) * counted, counted
         return float(_summing(loss)(outputs, targets)), 0.0  # the mean would be something / 0
@@ -97,9 +94,13 @@ def _summing(loss: Loss) -> Loss:
     return functools.partial(loss, reduction="sum")  # type: ignore[call-arg]
 
 
-def _counted(targets: Tensor, ignored: int, weight: Tensor | None) -> float:
-    """Returns what a loss of torch's divides by: its labels, or the weights of their classes."""
+def _counts(targets: Tensor, ignored: int, weight: Tensor | None) -> Tensor:
+    """Returns what each target counts in a mean of torch's: 0, 1, or the weight of its class.
+
+    float64, of the shape of the targets.
+    """
     is_label = targets != ignored
-    if weight is None:
-        return float(torch.count_nonzero(is_label))
-    return float(weight[targets[is_label].long()].double().sum())
+    counts = is_label.double()
+    if weight is not None:
+        counts[is_label] = weight[targets[is_label].long()].double()
+    return counts

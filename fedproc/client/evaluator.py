@@ -110,9 +110,13 @@ class Evaluator:
         with preserved_streams(self._device):
             for group in groups:
                 with self._loaded(pieces, seed) as model:
-                    for part in group:  # code that only computes may draw, and write in place
-                        self._resident.reload_written(pieces)
-                        seed_streams(seed, self._device)
+                    loaded = self._resident.versions()
+                    for place, part in enumerate(group):
+                        if place:  # code that only computes may draw, and write in place
+                            if self._resident.versions() != loaded:
+                                self._resident.load(pieces)
+                                loaded = self._resident.versions()
+                            seed_streams(seed, self._device)
                         found.append(use(model, part))
         return found
 

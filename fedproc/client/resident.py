@@ -61,7 +61,6 @@ class Resident:
         self._parameters = list(self.model.parameters())
         self._flags = [parameter.requires_grad for parameter in self._parameters]
         self._versions = self._frozen_versions()
-        self._read: list[int] = []  # versions of the parameters when they were last loaded again
         self._modules = list(self.model.modules())
         self._shape = self._as_it_is()
         # a custom function that writes to a frozen parameter has failed
@@ -91,14 +90,13 @@ class Resident:
         self._is_untouched = closed
         load(pieces, self._members)
 
-    def reload_written(self, pieces: Sequence[Tensor]) -> None:
-        """Loads values again if somebody has written to parameters since the last call of this.
+    def versions(self) -> list[int]:
+        """Lists how often each parameter was written to.
 
-        After code that only computes: an embedding with ``max_norm`` scales the rows it looks up.
+        Code that only computes may, in place: an embedding with ``max_norm`` scales the rows it
+        looks up.
         """
-        if [parameter._version for parameter in self._parameters] != self._read:
-            load(pieces, self._members)
-            self._read = [parameter._version for parameter in self._parameters]
+        return [parameter._version for parameter in self._parameters]
 
     def _straighten(self) -> None:
         """Undoes what ``parameter.data = ...`` did: strides decide bits of the next client."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from fedproc import autocast
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -45,20 +47,6 @@ def _autocast(kind: str) -> tuple[_Switch, ...]:
     )
 
 
-def _autocast_depth() -> int:
-    """How many ``with torch.autocast`` have been entered; torch tells by changing it."""
-    torch.autocast_increment_nesting()
-    return int(torch.autocast_decrement_nesting())
-
-
-def _go_to_autocast_depth(depth: int) -> None:
-    now = _autocast_depth()
-    for _ in range(now - depth):
-        torch.autocast_decrement_nesting()
-    for _ in range(depth - now):
-        torch.autocast_increment_nesting()
-
-
 def _default_device() -> torch.device | None:
     """What ``torch.set_default_device`` was told; torch's own way to ask walks all modes."""
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
@@ -73,5 +61,5 @@ _EVERYWHERE: Final[tuple[_Switch, ...]] = (
     (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     *_autocast("cpu"),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    (_autocast_depth, _go_to_autocast_depth),
+    (autocast.depth, autocast.go_to),
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fedproc import autocast
+
 
 def usual() -> None:
     """After arbitrary code: the modes are the parent's again, whatever it has set."""
@@ -29,14 +31,14 @@ def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
         finally:
             usual()
         return
-    grad, inference, autocast, dtype = modes
+    grad, inference, cast, dtype = modes
     with contextlib.ExitStack() as stack:
         stack.callback(_leave_autocast)
         if inference:
             stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.set_grad_enabled(grad))
-        if autocast is not None:
-            kind, cache = autocast
+        if cast is not None:
+            kind, cache = cast
             stack.enter_context(torch.autocast("cpu", dtype=kind, cache_enabled=cache))
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -47,14 +49,11 @@ def applied(modes: tuple[Any, ...] | None) -> Iterator[None]:
 
 
 def _leave_autocast() -> None:
-    """End what was entered by hand; while torch counts one, it keeps old values of parameters."""
-    torch.autocast_increment_nesting()  # the way to learn how many there are
-    entered = torch.autocast_decrement_nesting()
-    if not entered and not torch.is_autocast_enabled("cpu"):
+    """End what was entered by hand."""
+    if not autocast.depth() and not torch.is_autocast_enabled("cpu"):
         return
     for kind in ("cpu", "cuda"):
         torch.set_autocast_enabled(kind, False)
     torch.set_autocast_dtype("cpu", torch.bfloat16)
-    for _ in range(entered):
-        torch.autocast_decrement_nesting()
+    autocast.go_to(0)
     torch.clear_autocast_cache()
