@@ -7,7 +7,7 @@ plain answer of a question (which waits), or something whose kind only the worke
 from typing import Any
 
 from fedproc.errors import PlacementError
-from fedproc.remote import reading
+from fedproc.remote import flat, reading
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.context import modes
 from fedproc.remote.encode import encode_call, encode_question
@@ -43,6 +43,10 @@ def run_there(
     private: bool = False,
 ) -> AnyPointer:
     """Run ``function`` and keep the result; a pointer of class ``cls`` to it, at once."""
+    if not kwargs and type(function) is str:
+        made: AnyPointer | None = flat.submit(cls, link, function, args, what, writes, private)
+        if made is not None:
+            return made
     target, message = encode_call(
         function, args, kwargs or {}, modes(), what=what, link=link, writes=writes,
         operation=operation, private=private,

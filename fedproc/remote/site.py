@@ -12,7 +12,8 @@ _FOREIGN = (
     "/torch/functional.py",
     "/torch/nn/functional.py",
 )
-_known: dict[str, bool] = {}  # file: whether it is ours
+KNOWN_FILES: dict[str, bool] = {}
+"""Whether a file is ours, of those that were asked for."""
 
 
 class Site(NamedTuple):
@@ -45,6 +46,12 @@ _NOWHERE = Site(None, 0)
 _new = tuple.__new__  # half the cost of calling the class, in every command
 
 
+def is_ours(file: str) -> bool:
+    """Whether the code of this file is fedproc's, or torch's way to us; remembered."""
+    known = KNOWN_FILES[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
+    return known
+
+
 def caller(ours: int = 2) -> Site:
     """The innermost frame that is neither fedproc's nor torch's way to us.
 
@@ -57,10 +64,8 @@ def caller(ours: int = 2) -> Site:
     while frame is not None:
         code = frame.f_code
         file = code.co_filename
-        known = _known.get(file)
-        if known is None:
-            known = _known[file] = file.startswith(_PACKAGE) or file.endswith(_FOREIGN)
-        if not known:
+        known = KNOWN_FILES.get(file)
+        if not (is_ours(file) if known is None else known):
             return _new(Site, (code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return _NOWHERE

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedproc.errors import PlacementError
 from fedproc.memory.tensors import shape_of
+from fedproc.remote import flat
 from fedproc.remote.calls import run_there
 from fedproc.remote.encode import Outgoing, labels_of, sent_as
 from fedproc.remote.group import PointerGroup
@@ -179,17 +180,15 @@ class Worker:
             PlacementError: a pointer to another worker, or a pointer beside a local tensor.
             NotShippableError: something cannot be pickled.
         """
+        if not (kwargs or private):
+            made = flat.submit(PendingPointer, self.link, fn, args, None, True, False)
+            if made is not None:
+                return made
         function, what = sent_as(fn)
         if private:
             self.link.keeps_private = True
         return run_there(
-            PendingPointer,
-            function,
-            args,
-            kwargs,
-            what=what,
-            link=self.link,
-            private=bool(private),
+            PendingPointer, function, args, kwargs, what=what, link=self.link, private=bool(private)
         )
 
     @property

@@ -4,7 +4,8 @@ Everything half done lives in the channel object, and every step ends in one ass
 tuple. The reason is Ctrl-C: KeyboardInterrupt may be raised between any two bytecodes of the main
 thread, and a count of bytes that was read but not yet written down would put the stream out of
 step for good. The same reason makes ``recv`` and ``send`` run inside ``list.extend(map(...))``:
-the call and the note of its result are one step of the interpreter.
+the call and the note of its result are one step of the interpreter. What is appended, by any
+thread and by signal handlers in the middle of anything, is one step of a deque.
 """
 
 import os
@@ -12,9 +13,11 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from itertools import repeat
 
-from fedproc.wire.frames import Frame, missing, unpack
+from fedproc.wire.frames import Frame, cut, missing
 
 READ_BYTES = 65536
 BATCH_BYTES = 1 << 20
@@ -84,12 +87,11 @@ class Channel:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         self._sock = sock
-        # A signal handler may append in the middle of an append, or of taking what was appended:
-        # each is one step that it sees done or not done.
-        self._append_lock = threading.RLock()
+        self._frames: deque[bytes] = deque()  # appended and not yet taken
         self._write_lock = threading.Lock()
         self.writer = 0  # the thread that has the lock for writing, as long as it has it
-        # frames not yet taken, batch being written, byte counts that send() has returned for it
+        # frames taken for the next batch, batch being written, byte counts that send() has
+        # returned for it
         self._output: tuple[list[bytes], memoryview | None, list[int]] = ([], None, [])
         # bytes received, how many of them are parsed, chunks received since; while a frame is not
         # whole: how many of these chunks are counted, and their bytes
@@ -104,15 +106,13 @@ class Channel:
     @property
     def unsent(self) -> bool:
         """Whether appended frames are still to be written."""
-        frames, batch, _ = self._output
-        return bool(frames) or batch is not None
+        taken, batch, _ = self._output
+        return bool(self._frames or taken) or batch is not None
 
     def append(self, frame: bytes) -> int:
         """Queue a frame; returns how many wait."""
-        with self._append_lock:
-            frames = self._output[0]
-            frames.append(frame)
-            return len(frames)
+        self._frames.append(frame)
+        return len(self._frames)
 
     def flush(self) -> bool:
         """Write what can be written without blocking.
@@ -138,17 +138,11 @@ class Channel:
         return True
 
     def _write_batch(self) -> bool:
-        frames, batch, counts = self._output
+        taken, batch, counts = self._output
         if batch is None:
-            with self._append_lock:
-                frames = self._output[0]
-                taken, size = 0, 0
-                while taken < len(frames) and size < BATCH_BYTES:
-                    size += len(frames[taken])
-                    taken += 1
-                batch = memoryview(frames[0] if taken == 1 else b"".join(frames[:taken]))
-                counts = []
-                self._output = (frames[taken:], batch, counts)
+            self._take(taken)
+            batch, counts = memoryview(taken[0] if len(taken) == 1 else b"".join(taken)), []
+            self._output = ([], batch, counts)
         try:
             while sum(counts) < len(batch):
                 counts.extend(map(self._sock.send, (batch[sum(counts) :],)))
@@ -157,10 +151,17 @@ class Channel:
         except OSError:
             self.ended = True
             return True
-        with self._append_lock:
-            self._output = (self._output[0], None, [])
+        self._output = ([], None, [])
         self.moved_bytes += len(batch)
         return True
+
+    def _take(self, taken: list[bytes]) -> None:
+        """Fill up what is taken for a batch."""
+        frames, count, size = self._frames, 0, sum(map(len, taken))
+        while count < len(frames) and size < BATCH_BYTES:  # by index: others append meanwhile
+            size += len(frames[count])
+            count += 1
+        taken.extend(map(deque.popleft, repeat(frames, count)))
 
     def receive(self, handle: Callable[[Frame], None]) -> None:
         """Read what has arrived and hand over every whole frame; sets ``ended`` at the end.
@@ -207,10 +208,11 @@ class Channel:
             self._input = (data, start, [], 0, 0)
             self.moved_bytes += sum(map(len, chunks))
             chunks.clear()  # what is handed over may be at work for long
-        for frame, end in unpack(data, start):
+        while (found := cut(data, start)) is not None:
+            frame, start = found
             handle(frame)
             # what was handed over may be large, and nothing else may come for long
-            rest = (data, end) if end < len(data) else (b"", 0)
+            rest = (data, start) if start < len(data) else (b"", 0)
             self._input = (*rest, self._input[2], 0, 0)
 
     def hang_up(self) -> None:

@@ -43,22 +43,22 @@ def name_of_function(function: Any) -> str | None:
     module_name, name = function.__module__, function.__qualname__
     told = f":{module_name}:{name}"
     if "." not in name:
-        if len(_kept_names) >= _MOST_KEPT:
-            _kept_names.clear()
-        _kept_names[function] = (module_name, name, (told, name))
+        if len(KEPT_NAMES) >= _MOST_KEPT:
+            KEPT_NAMES.clear()
+        KEPT_NAMES[function] = (module_name, name, (told, name))
     return told
 
 
 def kept_name(function: Any) -> tuple[str, str] | None:
     """What ``name_of_function`` told before and is still so, and the function's own name."""
-    kept = _kept_names.get(function)
+    kept = KEPT_NAMES.get(function)
     if kept is None or getattr(sys.modules.get(kept[0]), kept[1], None) is not function:
         return None
     return kept[2]
 
 
 _MOST_KEPT = 4096
-_kept_names: dict[Any, tuple[str, str, tuple[str, str]]] = {}
+KEPT_NAMES: dict[Any, tuple[str, str, tuple[str, str]]] = {}
 """Functions of modules only: none that holds a user's tensors is kept alive."""
 
 

@@ -11,7 +11,7 @@ A frame is a 20-byte header and a body::
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 VERSION = 1
@@ -92,20 +92,30 @@ def missing(data: bytes, start: int) -> int:
     return HEADER.size + int(HEADER.unpack_from(data, start)[3]) - have
 
 
-def unpack(data: bytes, start: int) -> Iterator[tuple[Frame, int]]:
-    """Yield ``(frame, end)`` for every whole frame in ``data`` from ``start`` on.
+def cut_in_python(data: bytes, start: int) -> tuple[Frame, int] | None:
+    """The frame that begins at ``start``, and where it ends; None if it is not whole.
 
     Raises:
         ProtocolError: wrong version, wrong check word, or an impossible length.
     """
-    end = len(data)
-    size = HEADER.size
-    while start + size <= end:
-        version, kind, flags, length, sequence, check = HEADER.unpack_from(data, start)
-        if version != VERSION or check != length ^ 0xFFFFFFFF or length >= LARGEST_BODY_BYTES:
-            raise ProtocolError(f"no frame at byte {start}: version {version}, length {length}")
-        stop = start + size + length
-        if stop > end:
-            return
-        yield Frame(kind, flags, sequence, data[start + size : stop]), stop
-        start = stop
+    if len(data) - start < HEADER.size:
+        return None
+    version, kind, flags, length, sequence, check = HEADER.unpack_from(data, start)
+    if version != VERSION or check != length ^ 0xFFFFFFFF or length >= LARGEST_BODY_BYTES:
+        raise ProtocolError(f"no frame at byte {start}: version {version}, length {length}")
+    end = start + HEADER.size + length
+    if end > len(data):
+        return None
+    return Frame(kind, flags, sequence, data[start + HEADER.size : end]), end
+
+
+cut: Callable[[bytes, int], tuple[Frame, int] | None] = cut_in_python
+"""The same, compiled where there was a C compiler."""
+try:
+    from fedproc.wire import _frames
+except ImportError:  # not built: where there was no C compiler
+    pass
+else:
+    _classes = {"frame_class": Frame, "protocol_error": ProtocolError}
+    _frames.prepare(_classes, (VERSION, LARGEST_BODY_BYTES))
+    cut = _frames.cut

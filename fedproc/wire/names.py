@@ -20,9 +20,10 @@ def function_named(name: str) -> Callable[..., Any]:
 
     A user's is looked up each time: its module may have been loaded anew.
     """
-    if name[0] != ":":
+    place = place_of(name)
+    if place is None:
         return resolve(name)
-    module, path = _place(name)
+    module, path = place
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in path:
         found = getattr(found, part)
@@ -30,7 +31,10 @@ def function_named(name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _place(name: str) -> tuple[str, list[str]]:
+def place_of(name: str) -> tuple[str, list[str]] | None:
+    """Module and attributes of a user's function, None of any other."""
+    if name[0] != ":":
+        return None
     _, module, path = name.split(":")
     return module, path.split(".")
 

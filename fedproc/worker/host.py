@@ -3,10 +3,13 @@
 Runs in the worker. A ``Host`` belongs to one thread: the one that runs the loop.
 """
 
+import contextlib
 import io
 import os
 import pickle
 import socket
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +80,27 @@ class Host:
     def is_forked(self) -> bool:
         """Whether this is a copy of the worker: a command has called fork(), and came back."""
         return self._owner != Host.here
+
+    def require_process(self, error: BaseException | None) -> None:
+        """End a process that a command has forked and that came back from it, with ``error``.
+
+        Worker and child have one stream: both would answer, and each read what is for the other.
+        """
+        if not self.is_forked:
+            return
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        with contextlib.suppress(BaseException):
+            if error is None:
+                sys.stderr.write(
+                    f"worker {self.spec.name!r}: a process that a command forked came back from "
+                    "the command. It ends here, without an answer: end such a process with "
+                    "os._exit().\n"
+                )
+            elif not isinstance(error, SystemExit):
+                traceback.print_exception(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     # ---- reading
 

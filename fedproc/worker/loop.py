@@ -1,7 +1,6 @@
 """The loop of a worker: receive, execute, reply. The only one there is. Runs in the worker."""
 
 import contextlib
-import os
 import select
 import sys
 import time
@@ -15,7 +14,7 @@ from fedproc.memory.lending import lend_from
 from fedproc.transport.channel import SPIN_SECONDS, Channel, Lookout
 from fedproc.wire import commands
 from fedproc.wire.frames import KEEP, Frame, ProtocolError
-from fedproc.worker import failure, privacy
+from fedproc.worker import failure, flat, privacy
 from fedproc.worker.handlers import HANDLERS
 from fedproc.worker.host import Host
 from fedproc.worker.store import PoisonedError
@@ -26,6 +25,7 @@ REPORT_SECONDS = 0.001
 REPORT_COMMANDS = 64
 
 Turn = Callable[..., AbstractContextManager[Any]]
+_execute_flat = flat.prepared(REPORT_COMMANDS, REPORT_SECONDS)
 _CALL = commands.KIND[commands.Call]
 _COMPUTE = commands.KIND[commands.Compute]
 _QUERY = [record in commands.QUERIES for record in commands.COMMANDS]
@@ -135,6 +135,18 @@ class Loop:
         Raises:
             ProtocolError: there is no such command.
         """
+        try:
+            report = _execute_flat(self, frame)
+        except BaseException as error:  # noqa: BLE001 - answers the request: nothing may end the loop
+            self._fail(frame, error)
+            self._running, self._host.arena.done[0] = None, self._last
+            report = self._unreported >= REPORT_COMMANDS
+        if report is None:
+            self._execute(frame)
+        elif report:
+            self._report()
+
+    def _execute(self, frame: Frame) -> None:
         host = self._host
         if frame.kind >= len(HANDLERS):
             raise ProtocolError(f"no command is of kind {frame.kind}")
@@ -147,18 +159,9 @@ class Loop:
             self._last = frame.sequence
         self._unreported += 1
         try:
-            fields = host.decode(frame)
-            if host.trouble is not None:
-                raise host.trouble
-            if self._turn is None or frame.kind not in (_CALL, _COMPUTE):
-                HANDLERS[frame.kind](host, frame, fields)
-            else:
-                with self._turn(strict=_is_client(frame, fields)):
-                    HANDLERS[frame.kind](host, frame, fields)
-            del fields
-            _require_process(host, None)
-        except BaseException as error:  # noqa: BLE001 - answers the request: nothing may end the loop
-            _require_process(host, error)
+            self._handle(frame)
+            host.require_process(None)
+        except BaseException as error:  # noqa: BLE001 - as above
             self._fail(frame, error)
         host.trouble = self._running = None
         host.used.clear()
@@ -169,6 +172,18 @@ class Loop:
         host.arena.done[0] = self._last  # also if it is killed before it could tell
         if self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
             self._report()
+
+    def _handle(self, frame: Frame) -> None:
+        """Execute any command."""
+        host = self._host
+        fields = host.decode(frame)
+        if host.trouble is not None:
+            raise host.trouble
+        if self._turn is None or frame.kind not in (_CALL, _COMPUTE):
+            HANDLERS[frame.kind](host, frame, fields)
+        else:
+            with self._turn(strict=_is_client(frame, fields)):
+                HANDLERS[frame.kind](host, frame, fields)
 
     def _recover(self, error: BaseException) -> None:
         """Go on after a signal handler that a command installed has raised between commands.
@@ -200,10 +215,12 @@ class Loop:
 
     def _fail(self, frame: Frame, error: BaseException) -> None:
         host = self._host
+        host.require_process(error)
         cause, told = frame.sequence, None
         if isinstance(error, PoisonedError):
             cause = error.cause
         else:
+            self._unreported = REPORT_COMMANDS  # an error is told at once
             told = failure.describe(error, private=privacy.any_private(host.used))
             if isinstance(error, NotPermittedError) and failure.is_ours(error):
                 self._log_refusal(frame, error)
@@ -225,27 +242,6 @@ class Loop:
 def _is_client(frame: Frame, fields: tuple[Any, ...]) -> bool:
     """Whether federated clients train: nobody may borrow their random generators."""
     return frame.kind == _COMPUTE and commands.Compute(*fields).folding
-
-
-def _require_process(host: Host, error: BaseException | None) -> None:
-    """End a process that a command has forked and that came back from it.
-
-    Worker and child have one stream: both would answer, and each read what is for the other.
-    """
-    if not host.is_forked:
-        return
-    code = error.code if isinstance(error, SystemExit) else int(error is not None)
-    with contextlib.suppress(BaseException):
-        if error is None:
-            sys.stderr.write(
-                f"worker {host.spec.name!r}: a process that a command forked came back from the "
-                "command. It ends here, without an answer: end such a process with os._exit().\n"
-            )
-        elif not isinstance(error, SystemExit):
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _flush(host: Host) -> None:

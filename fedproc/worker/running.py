@@ -23,7 +23,7 @@ _IN_PLACE = frozenset(
 
 
 @functools.cache
-def _pure(name: str) -> bool:
+def is_pure(name: str) -> bool:
     """Whether an operation (of no ``out=``) writes nowhere and changes no mode."""
     return (
         name.startswith(PURE_PREFIXES) and not name.startswith("torch.set_") and not _writes(name)
@@ -63,7 +63,7 @@ def run(
         host.registered.require(name, target, args)
     if privacy.any_private(host.used):
         return _run_private(host, name, target, args, kwargs, modes)
-    pure = _pure(name) and "out" not in kwargs
+    pure = is_pure(name) and "out" not in kwargs
     if pure and modes is None:
         return target(*args, **kwargs)
     pure = pure or not (host.used or "out" in kwargs)  # no tensor of ours is at hand

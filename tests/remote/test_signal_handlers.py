@@ -133,14 +133,6 @@ def test_in_the_middle_of_sending_it_is_refused_and_no_command_is_lost(
     assert log.fetch() == [0, 1, 2]
 
 
-def test_an_interrupted_append_does_not_lock_out_the_handler(cluster, on_signal):
-    channel = cluster["bob"].link.channel
-    found = on_signal(lambda: channel.append(b""))
-    with channel._append_lock:
-        signal.raise_signal(signal.SIGUSR1)
-    assert found == [1]
-
-
 def test_in_the_middle_of_a_look_it_is_refused_to_wait(cluster, on_signal, monkeypatch):
     bob = cluster["bob"]
     x = bob.send(torch.zeros(3))

@@ -1,0 +1,490 @@
+/* Submitting a flat call: a named function on pointers and plain values, under the usual modes.
+ *
+ * What run_there (calls.py), _flat (encode.py), Outbox.send (outbox.py) and owned (making.py) do,
+ * in one step, for the call that pipelines are made of. Whatever is not usual about a call, its
+ * arguments, the modes of torch or the state of the link, is theirs: `submit` then has changed
+ * nothing and returns None. A test compares the two ways, message by message.
+ *
+ * All that can run code of Python comes first: making objects can start the collector, and that
+ * a finalizer. From `commit` on nothing does, so no thread and no signal handler sees a call that
+ * was sent by half: the interpreter lets them in between instructions of Python only.
+ */
+
+/* Objects of the package, given once by fedproc/remote/flat.py. */
+#define GIVEN(X) \
+    X(pointer_types) X(handle_class) X(site_class) X(channel_class) X(set_handle) X(set_owner) \
+    X(set_chain) X(kept_names) X(known_files) X(is_ours) X(get_frame) X(is_grad_enabled) \
+    X(is_any_autocast_enabled) X(get_default_dtype) X(float32)
+
+/* Attributes that it reads. */
+#define NAMES(X) \
+    X(_bell) X(_frames) X(_handle) X(_held) X(_numbers) X(acquire) X(append) X(borrows) \
+    X(channel) X(end) X(executed) X(expected) X(f_lasti) X(flush) X(gone) X(handles) X(here) \
+    X(hub) X(inbox) X(last) X(link) X(lock) X(locked) X(lockstep) X(may_wait) X(number) X(oid) \
+    X(outbox) X(owner) X(popleft) X(reading) X(release) X(sending) X(submitted) X(tail) \
+    X(trash) X(writes)
+
+#include "../wire/_compiled.h"
+#include "_body.h"
+
+#define HEADER_BYTES 20
+#define MOST_ARGUMENTS 16
+
+static struct {
+    unsigned version, kind, keep, frees, most_frees, most_unanswered, burst;
+} wire;
+static PyObject *one;
+
+/* ---- the body */
+
+/* The id of a pointer's object. `link` is where the call runs, NULL: nowhere yet; a new reference.
+ * 1: written, 0: gone, or elsewhere, or no pointer, -1: an error. */
+static int put_pointer(Body *body, PyObject *value, PyObject **link)
+{
+    int is_pointer = PySet_Contains(pointer_types, (PyObject *)Py_TYPE(value));
+    if (is_pointer <= 0)
+        return is_pointer;
+    PyObject *handle = PyObject_GetAttr(value, s__handle);
+    if (handle == NULL)
+        return -1;
+    PyObject *gone = PyObject_GetAttr(handle, s_gone);
+    PyObject *there = PyObject_GetAttr(handle, s_link);
+    PyObject *oid = PyObject_GetAttr(handle, s_oid);
+    int done = -1;
+    if (gone != NULL && there != NULL && oid != NULL) {
+        done = gone == Py_None && (*link == NULL || *link == there) && PyLong_CheckExact(oid)
+               && put_int(body, oid);
+        if (done && *link == NULL)
+            *link = Py_NewRef(there);
+    }
+    Py_DECREF(handle);
+    Py_XDECREF(gone);
+    Py_XDECREF(there);
+    Py_XDECREF(oid);
+    return done;
+}
+
+/* 1: the body is written, 0: this is not a flat call, -1: an error. */
+static int write_body(Body *body, PyObject *function, PyObject *args, PyObject *private,
+                      PyObject **link)
+{
+    Py_ssize_t count = PyTuple_GET_SIZE(args), pointers = 0;
+    unsigned char places[MOST_ARGUMENTS];
+    if (count > MOST_ARGUMENTS || !put(body, "\x80\x05(", 3) || !put_text(body, function)
+        || !begin_tuple(body, count))
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *arg = PyTuple_GET_ITEM(args, i);
+        if (put_plain(body, arg))
+            continue;
+        int done = put_pointer(body, arg, link);
+        if (done <= 0)
+            return done;
+        places[pointers++] = (unsigned char)i;
+    }
+    if (!end_tuple(body, count) || !put(body, "}N", 2) || !put_plain(body, private)
+        || !begin_tuple(body, pointers))
+        return 0;
+    for (Py_ssize_t i = 0; i < pointers; i++)
+        if (!put_number(body, 'K', places[i], 1))
+            return 0;
+    return end_tuple(body, pointers) && put(body, "t.", 2);
+}
+
+/* ---- what is asked before */
+
+/* How many there are in attribute `name`; -1: an error. */
+static Py_ssize_t size_of(PyObject *owner, PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(owner, name);
+    if (found == NULL)
+        return -1;
+    Py_ssize_t size = PyObject_Size(found);
+    Py_DECREF(found);
+    return size;
+}
+
+/* Whether nothing but the usual modes would travel with the call: see context.modes. */
+static int are_modes_usual(void)
+{
+    int usual = gives(is_grad_enabled, Py_True);
+    if (usual > 0)
+        usual = gives(is_any_autocast_enabled, Py_False);
+    return usual > 0 ? gives(get_default_dtype, float32) : usual;
+}
+
+/* ---- the call */
+
+typedef struct {
+    PyObject *name, *what;  /* of the function */
+    PyObject *link, *outbox, *inbox, *channel;
+    PyObject *expected;  /* what the inbox is told: number, site, what */
+    PyObject *handle, *reference, *pointer;
+    int writes;
+    int was_idle;        /* the worker had nothing to do */
+    Py_ssize_t waiting;  /* frames that are to be written, with this one */
+} Call;
+
+static void forget(Call *call)
+{
+    PyObject *every[] = {call->name, call->what, call->link, call->outbox, call->inbox,
+                         call->channel, call->expected, call->handle, call->reference,
+                         call->pointer};
+    for (size_t i = 0; i < sizeof every / sizeof *every; i++)
+        Py_XDECREF(every[i]);
+}
+
+/* Find the name that a function travels by, and what it is called, if both are known and still so:
+ * see code.kept_name. 1: done, 0: not known, -1: an error. */
+static int find_name(Call *call, PyObject *function, PyObject *what)
+{
+    if (PyUnicode_CheckExact(function) && what != Py_None) {
+        call->name = Py_NewRef(function);
+        call->what = Py_NewRef(what);
+        return 1;
+    }
+    if (!PyFunction_Check(function) && !PyCFunction_CheckExact(function))
+        return 0;
+    PyObject *kept = PyDict_GetItemWithError(kept_names, function), *module, *attribute;
+    if (kept == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    if (!PyArg_ParseTuple(kept, "OO(OO)", &module, &attribute, &call->name, &call->what)) {
+        call->name = call->what = NULL;
+        return -1;
+    }
+    Py_INCREF(call->name);
+    Py_INCREF(call->what);
+    PyObject *loaded = PyDict_GetItemWithError(PyImport_GetModuleDict(), module);
+    if (loaded == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    Py_INCREF(loaded);
+    PyObject *found = PyObject_GetAttr(loaded, attribute);
+    Py_DECREF(loaded);
+    Py_XDECREF(found);
+    PyErr_Clear(); /* it may be called so no more */
+    return found == function;
+}
+
+/* The place in the user's code: see site.caller. NULL without an error: none. */
+static PyObject *caller(void)
+{
+    PyFrameObject *frame = (PyFrameObject *)PyObject_CallOneArg(get_frame, one);
+    if (frame == NULL && PyErr_ExceptionMatches(PyExc_ValueError))
+        PyErr_Clear(); /* a method of ours is all that a thread runs */
+    PyObject *site = NULL;
+    while (frame != NULL) {
+        PyCodeObject *code = PyFrame_GetCode(frame);
+        PyObject *ours = PyDict_GetItemWithError(known_files, code->co_filename);
+        ours = ours != NULL ? Py_NewRef(ours)
+               : PyErr_Occurred() ? NULL
+                                  : PyObject_CallOneArg(is_ours, code->co_filename);
+        if (ours == Py_False) {
+            PyObject *at = PyObject_GetAttr((PyObject *)frame, s_f_lasti);
+            site = at == NULL ? NULL : allocate_tuple(site_class, 2);
+            if (site != NULL) {
+                PyTuple_SET_ITEM(site, 0, Py_NewRef((PyObject *)code));
+                PyTuple_SET_ITEM(site, 1, Py_NewRef(at));
+            }
+            Py_XDECREF(at);
+        }
+        PyFrameObject *back = ours == Py_True ? PyFrame_GetBack(frame) : NULL;
+        Py_XDECREF(ours);
+        Py_DECREF(code);
+        Py_SETREF(frame, back);
+    }
+    return site;
+}
+
+static int set_slot(PyObject *descriptor, PyObject *pointer, PyObject *value)
+{
+    return Py_TYPE(descriptor)->tp_descr_set(descriptor, pointer, value);
+}
+
+/* Make all that the call needs; 1: done, 0: not usual, -1: an error. */
+static int make(Call *call, PyObject *cls)
+{
+    call->outbox = PyObject_GetAttr(call->link, s_outbox);
+    call->inbox = PyObject_GetAttr(call->link, s_inbox);
+    call->channel = PyObject_GetAttr(call->link, s_channel);
+    PyObject *site = caller();
+    if (site == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    call->expected = PyTuple_Pack(3, Py_None, site, call->what);
+    Py_DECREF(site);
+    call->handle = allocate(handle_class, 0);
+    call->reference = call->handle == NULL ? NULL : PyWeakref_NewRef(call->handle, NULL);
+    call->pointer = allocate(cls, 0);
+    if (call->outbox == NULL || call->inbox == NULL || call->channel == NULL
+        || call->expected == NULL || call->reference == NULL || call->pointer == NULL
+        || PyObject_SetAttr(call->handle, s_link, call->link) < 0
+        || set_slot(set_handle, call->pointer, call->handle) < 0
+        || set_slot(set_chain, call->pointer, Py_None) < 0)
+        return -1;
+    return 1;
+}
+
+/* Whether nothing is held back, refused or waited for in this state of the link; -1: an error. */
+static int is_link_usual(Call *call)
+{
+    PyObject *lockstep = PyObject_GetAttr(call->link, s_lockstep);
+    if (lockstep == NULL)
+        return -1;
+    int usual = PyFloat_CheckExact(lockstep) && PyFloat_AS_DOUBLE(lockstep) == 0.0;
+    Py_DECREF(lockstep);
+    if (usual)
+        usual = (PyObject *)Py_TYPE(call->channel) == channel_class;
+    if (usual)
+        usual = is_attribute(call->link, s_end, Py_None);
+    if (usual > 0)
+        usual = are_equal(call->link, s_owner, s_here);
+    if (usual > 0)
+        usual = is_attribute(call->outbox, s_sending, Py_False);
+    Py_ssize_t held = usual > 0 ? size_of(call->outbox, s__held) : 0;
+    Py_ssize_t dropped = usual > 0 ? size_of(call->outbox, s_trash) : 0;
+    Py_ssize_t unanswered = usual > 0 ? size_of(call->inbox, s_expected) : 0;
+    Py_ssize_t reading = 0;
+    if (usual > 0 && call->writes) {
+        PyObject *borrows = PyObject_GetAttr(call->outbox, s_borrows);
+        reading = borrows == NULL ? -1 : size_of(borrows, s_reading);
+        Py_XDECREF(borrows);
+    }
+    if (usual < 0 || held < 0 || dropped < 0 || unanswered < 0 || reading < 0)
+        return -1;
+    return usual && held == 0 && reading == 0 && dropped <= (Py_ssize_t)wire.most_frees
+           && unanswered < (Py_ssize_t)wire.most_unanswered;
+}
+
+/* Take a lock if nobody else has it. */
+static int take(PyObject *lock)
+{
+    PyObject *arguments[] = {lock, Py_False};
+    PyObject *taken = PyObject_VectorcallMethod(
+        s_acquire, arguments, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_XDECREF(taken);
+    return taken == NULL ? -1 : taken == Py_True;
+}
+
+static int let_go(PyObject *lock)
+{
+    PyObject *none = PyObject_CallMethodNoArgs(lock, s_release);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : 0;
+}
+
+/* ---- commit: from here on nothing runs code of Python */
+
+/* The ids of dropped pointers go in front: taken out of the trash, and of the handles. */
+static int write_frees(Call *call, unsigned char *at, Py_ssize_t count)
+{
+    PyObject *trash = PyObject_GetAttr(call->outbox, s_trash);
+    PyObject *handles = PyObject_GetAttr(call->outbox, s_handles);
+    int done = trash != NULL && handles != NULL ? 0 : -1;
+    write_number(at, (uint64_t)count, 2);
+    for (at += 2; count > 0 && done == 0; count--, at += 8) {
+        PyObject *oid = PyObject_CallMethodNoArgs(trash, s_popleft);
+        if (oid == NULL) {
+            done = -1;
+            break;
+        }
+        write_number(at, PyLong_AsUnsignedLongLong(oid), 8);
+        int known = PyDict_Contains(handles, oid);
+        if (known < 0 || (known && PyDict_DelItem(handles, oid) < 0) || PyErr_Occurred())
+            done = -1;
+        Py_DECREF(oid);
+    }
+    Py_XDECREF(trash);
+    Py_XDECREF(handles);
+    return done;
+}
+
+/* See frames.py. */
+static PyObject *make_frame(Call *call, uint64_t number, const Body *body)
+{
+    Py_ssize_t dropped = size_of(call->outbox, s_trash);
+    if (dropped < 0)
+        return NULL;
+    size_t frees = dropped ? 2 + 8 * (size_t)dropped : 0, length = frees + body->used;
+    PyObject *frame = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(HEADER_BYTES + length));
+    if (frame == NULL)
+        return NULL;
+    unsigned char *at = (unsigned char *)PyBytes_AS_STRING(frame);
+    at[0] = (unsigned char)wire.version;
+    at[1] = (unsigned char)wire.kind;
+    write_number(at + 2, wire.keep | (dropped ? wire.frees : 0), 2);
+    write_number(at + 4, length, 4);
+    write_number(at + 8, number, 8);
+    write_number(at + 16, length ^ 0xFFFFFFFF, 4);
+    if (dropped && write_frees(call, at + HEADER_BYTES, dropped) < 0)
+        Py_CLEAR(frame);
+    else
+        memcpy(at + HEADER_BYTES + frees, body->bytes, body->used);
+    return frame;
+}
+
+/* See Channel.append. */
+static int queue(Call *call, PyObject *frame)
+{
+    PyObject *frames = PyObject_GetAttr(call->channel, s__frames), *none = NULL;
+    if (frames != NULL && (none = PyObject_CallMethodOneArg(frames, s_append, frame)) != NULL)
+        call->waiting = PyObject_Size(frames);
+    Py_XDECREF(frames);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : 0;
+}
+
+/* Tell whoever has to know of the call, by its number. */
+static int note(Call *call, PyObject *number)
+{
+    PyObject *expected = PyObject_GetAttr(call->inbox, s_expected);
+    PyObject *handles = PyObject_GetAttr(call->outbox, s_handles);
+    PyTuple_SET_ITEM(call->expected, 0, Py_NewRef(number));
+    PyObject *none = NULL;
+    int done = -1;
+    if (expected != NULL && handles != NULL
+        && (none = PyObject_CallMethodOneArg(expected, s_append, call->expected)) != NULL
+        && PyObject_SetAttr(call->handle, s_oid, number) == 0
+        && PyObject_SetAttr(call->handle, s_number, number) == 0)
+        done = PyDict_SetItem(handles, number, call->reference);
+    Py_XDECREF(expected);
+    Py_XDECREF(handles);
+    Py_XDECREF(none);
+    return done;
+}
+
+static int commit(Call *call, const Body *body)
+{
+    PyObject *numbers = PyObject_GetAttr(call->outbox, s__numbers);
+    PyObject *number = numbers == NULL ? NULL : PyIter_Next(numbers), *frame = NULL;
+    PyObject *executed = PyObject_GetAttr(call->inbox, s_executed);
+    PyObject *last = PyObject_GetAttr(call->outbox, s_last);
+    int done = -1;
+    if (number != NULL && executed != NULL && last != NULL
+        && (call->was_idle = PyObject_RichCompareBool(executed, last, Py_GE)) >= 0
+        && (frame = make_frame(call, PyLong_AsUnsignedLongLong(number), body)) != NULL
+        && (!call->writes || add_one(call->outbox, s_writes) >= 0)
+        && note(call, number) == 0 && add_one(call->outbox, s_submitted) >= 0
+        && queue(call, frame) == 0 && PyObject_SetAttr(call->outbox, s_last, number) == 0)
+        done = set_slot(set_owner, call->pointer, Py_True);
+    Py_XDECREF(numbers);
+    Py_XDECREF(number);
+    Py_XDECREF(frame);
+    Py_XDECREF(executed);
+    Py_XDECREF(last);
+    return done;
+}
+
+/* ---- and afterwards */
+
+/* 1: sent, 0: not usual, -1: an error. */
+static int send(Call *call, const Body *body)
+{
+    PyObject *lock = PyObject_GetAttr(call->outbox, s_lock);
+    int done = lock == NULL ? -1 : take(lock);
+    if (done > 0) {
+        done = is_link_usual(call);
+        if (done > 0 && commit(call, body) < 0)
+            done = -1;
+        if (let_go(lock) < 0)
+            done = -1;
+    }
+    Py_XDECREF(lock);
+    return done;
+}
+
+/* Tell the janitor, if nobody has: see Hub.tail. */
+static int ring(Call *call)
+{
+    PyObject *hub = PyObject_GetAttr(call->link, s_hub);
+    PyObject *bell = hub == NULL ? NULL : PyObject_GetAttr(hub, s__bell);
+    PyObject *silent = bell == NULL ? NULL : PyObject_CallMethodNoArgs(bell, s_locked);
+    PyObject *told = silent != Py_True ? Py_XNewRef(silent) : PyObject_CallMethodNoArgs(hub, s_tail);
+    Py_XDECREF(hub);
+    Py_XDECREF(bell);
+    Py_XDECREF(silent);
+    Py_XDECREF(told);
+    return told == NULL ? -1 : 0;
+}
+
+/* Write what waits, or leave it to the janitor: see Link.submit. */
+static int follow(Call *call)
+{
+    int may_wait = !call->was_idle && call->waiting < (Py_ssize_t)wire.burst;
+    PyObject *told;
+    if (may_wait && call->waiting == 1) {
+        if ((told = PyObject_CallMethodOneArg(call->outbox, s_may_wait, one)) == NULL)
+            return -1;
+        may_wait = told == Py_True;
+        Py_DECREF(told);
+    }
+    if (may_wait)
+        return ring(call);
+    told = PyObject_CallMethodNoArgs(call->link, s_flush);
+    Py_XDECREF(told);
+    return told == NULL ? -1 : 0;
+}
+
+PyDoc_STRVAR(submit_doc,
+"submit(cls, link, function, args, what, writes, private)\n--\n\n"
+"Submit a flat call: a pointer of class `cls`, or None: it is none, or things are not as usual.\n"
+"`function` is a name, and `what` how a user calls it, or a function, and None.");
+
+static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    if (count != 7 || !PyType_Check(given[0]) || !PyTuple_CheckExact(given[3])) {
+        PyErr_SetString(PyExc_TypeError, "submit takes what its signature says");
+        return NULL;
+    }
+    Body body;
+    body.used = 0;
+    Call call = {.link = given[1] == Py_None ? NULL : Py_NewRef(given[1]),
+                 .writes = PyObject_IsTrue(given[5])};
+    int done = find_name(&call, given[2], given[4]);
+    if (done > 0)
+        done = are_modes_usual();
+    if (done > 0)
+        done = write_body(&body, call.name, given[3], given[6], &call.link);
+    if (done > 0 && call.link == NULL)
+        done = 0;
+    if (done > 0)
+        done = make(&call, given[0]);
+    if (done > 0)
+        done = send(&call, &body);
+    if (done > 0)
+        done = follow(&call) < 0 ? -1 : 1;
+    PyObject *result = done < 0 ? NULL : Py_NewRef(done ? call.pointer : Py_None);
+    forget(&call);
+    return result;
+}
+
+PyDoc_STRVAR(prepare_doc,
+"prepare(parts, numbers)\n--\n\n"
+"Give it the parts of the package that it works with, and numbers of the wire; once.");
+
+static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *parts;
+    if (!PyArg_ParseTuple(args, "O!(IIIIIII)", &PyDict_Type, &parts, &wire.version, &wire.kind,
+                          &wire.keep, &wire.frees, &wire.most_frees, &wire.most_unanswered,
+                          &wire.burst))
+        return NULL;
+    one = PyLong_FromLong(1);
+    if (one == NULL || take_parts(parts) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"prepare", prepare, METH_VARARGS, prepare_doc},
+    {"submit", (PyCFunction)(void (*)(void))submit, METH_FASTCALL, submit_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "fedproc.remote._flat",
+    .m_doc = "Submitting flat calls in one step; see fedproc.remote.flat.",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__flat(void) { return PyModule_Create(&definition); }

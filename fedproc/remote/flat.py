@@ -1,0 +1,69 @@
+"""Flat calls in one step, where that was compiled. Runs in the parent.
+
+A call is *flat* when its function has a name and its arguments are pointers and plain values: what
+pipelines are made of. ``_flat.c`` does for it what ``calls``, ``encode``, ``link``, ``outbox`` and
+``making`` do, in a third of the time. It is optional: where there was no C compiler, and for
+whatever is not usual about a call, those are the way.
+"""
+
+import sys
+from typing import Any, Final
+
+import torch
+
+from fedproc.remote.encode import POINTER_TYPES
+from fedproc.remote.handle import Handle
+from fedproc.remote.link import MOST_UNANSWERED
+from fedproc.remote.outbox import BURST_COMMANDS
+from fedproc.remote.pointer import Pointer
+from fedproc.remote.site import KNOWN_FILES, Site, is_ours
+from fedproc.transport.channel import Channel
+from fedproc.wire import commands, frames
+from fedproc.wire.code import KEPT_NAMES
+
+try:
+    from fedproc.remote import _flat
+except ImportError:  # not built
+    _flat = None  # type: ignore[assignment]
+
+
+COMPILED: Final = _flat is not None
+"""Whether this installation has the compiled way."""
+
+
+def _not_compiled(*_: Any) -> None:
+    """No call is taken: all go the general way."""
+
+
+def _prepared() -> Any:
+    if _flat is None:
+        return _not_compiled
+    parts = {
+        "pointer_types": POINTER_TYPES,
+        "handle_class": Handle,
+        "site_class": Site,
+        "channel_class": Channel,
+        "set_handle": Pointer.__dict__["_handle"],
+        "set_owner": Pointer.__dict__["_owner"],
+        "set_chain": Pointer.__dict__["_chain"],
+        "kept_names": KEPT_NAMES,
+        "known_files": KNOWN_FILES,
+        "is_ours": is_ours,
+        "get_frame": sys._getframe,
+        "is_grad_enabled": torch.is_grad_enabled,
+        "is_any_autocast_enabled": torch._C._is_any_autocast_enabled,
+        "get_default_dtype": torch.get_default_dtype,
+        "float32": torch.float32,
+    }
+    call, keep = commands.KIND[commands.Call], frames.KEEP | frames.PLAIN
+    numbers = (frames.VERSION, call, keep, frames.FREES, frames.MOST_FREES)
+    _flat.prepare(parts, (*numbers, MOST_UNANSWERED, BURST_COMMANDS))
+    return _flat.submit
+
+
+submit = _prepared()
+"""``submit(cls, link, function, args, what, writes, private)``: a pointer of class ``cls``, or
+None, and nothing has changed: it is not flat, or the modes or the link are not as usual.
+
+``function`` is a name, and ``what`` how a user calls it; or it is a function, and ``what`` None.
+"""

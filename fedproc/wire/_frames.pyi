@@ -1,0 +1,6 @@
+from typing import Any
+
+from fedproc.wire.frames import Frame
+
+def prepare(parts: dict[str, Any], numbers: tuple[int, int], /) -> None: ...
+def cut(data: bytes, start: int, /) -> tuple[Frame, int] | None: ...

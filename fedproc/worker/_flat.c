@@ -1,0 +1,515 @@
+/* Executing a flat call: a named function on objects of this worker and plain values.
+ *
+ * What Loop.execute, Host.decode, handlers.call, running.run and ObjectStore.add do, in one step,
+ * for the call that pipelines are made of: public objects, the usual modes, a function that writes
+ * nothing or that has no object at hand. Any other is theirs: `execute` then has done no more than
+ * the frees in front of the call, which may be done twice. What goes wrong in the call, it raises.
+ */
+
+/* Objects of the package, given once by fedproc/worker/flat.py. */
+#define GIVEN(X) \
+    X(loads) X(about) X(usual) X(is_grad_enabled) X(get_default_dtype) X(is_any_autocast_enabled) \
+    X(increment_nesting) X(decrement_nesting) X(float32) X(result_domain) X(entry_class) \
+    X(domain_class) X(tensor_class) X(no_tags) X(no_text)
+
+/* Attributes that it reads. */
+#define NAMES(X) \
+    X(_by_id) X(_by_object) X(_host) X(_last) X(_owner) X(_private) X(_running) X(_sources) \
+    X(_tainted) X(_turn) X(_unreported) X(add) X(arena) X(commands) X(data_ptr) X(description) \
+    X(domain) X(done) X(free) X(here) X(ids) X(open_shape) X(private) X(registered) X(remove) \
+    X(require_process) X(stopped) X(store) X(tags) X(untyped_storage) X(value)
+
+#include "../wire/_compiled.h"
+
+#include <time.h>
+
+static struct {
+    unsigned plain, keep, frees, kind, report_commands;
+    double report_seconds;
+} wire;
+static PyObject *named_private; /* ("private",): how result_domain is given False */
+static PyObject *zero, *known; /* known: name -> what `about` says of it */
+
+typedef struct {
+    PyObject *loop, *host, *frame;  /* borrowed, new, borrowed */
+    PyObject *store, *by_id;
+    PyObject *fields;    /* function, arguments, {}, modes, private, places of ids among arguments */
+    PyObject *args;      /* the arguments with the objects in their places */
+    PyObject *used;      /* list of the entries of these objects */
+    PyObject *function;
+    int is_pure;
+    unsigned flags;
+} Call;
+
+static void forget(Call *call)
+{
+    PyObject *every[] = {call->host, call->store, call->by_id, call->fields,
+                         call->args, call->used, call->function};
+    for (size_t i = 0; i < sizeof every / sizeof *every; i++)
+        Py_XDECREF(every[i]);
+}
+
+/* ---- the frees in front */
+
+static int free_one(PyObject *objects, uint64_t oid)
+{
+    int whole = (int)(oid >> 63);
+    PyObject *id = PyLong_FromUnsignedLongLong(oid & ~(UINT64_C(1) << 63));
+    PyObject *none = id == NULL ? NULL
+                                : PyObject_CallMethodOneArg(objects, whole ? s_remove : s_free, id);
+    Py_XDECREF(id);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : 0;
+}
+
+/* Do the frees; the length of what says them, -1: an error. See frames.with_frees. */
+static Py_ssize_t do_frees(PyObject *objects, PyObject *body)
+{
+    const unsigned char *bytes = (const unsigned char *)PyBytes_AS_STRING(body);
+    Py_ssize_t size = PyBytes_GET_SIZE(body);
+    Py_ssize_t count = size < 2 ? 0 : (Py_ssize_t)read_number(bytes, 2), length = 2 + 8 * count;
+    if (length > size) {
+        PyErr_SetString(PyExc_ValueError, "a message ends within the ids that it frees");
+        return -1;
+    }
+    for (Py_ssize_t at = 2; at < length; at += 8)
+        if (free_one(objects, read_number(bytes + at, 8)) < 0)
+            return -1;
+    return length;
+}
+
+/* ---- reading */
+
+/* 1: read, 0: not a flat call, -1: an error. */
+static int read_fields(Call *call, PyObject *body)
+{
+    Py_ssize_t start = call->flags & wire.frees ? do_frees(call->store, body) : 0;
+    if (start < 0)
+        return -1;
+    PyObject *pickled = start == 0 ? Py_NewRef(body)
+                                   : PyBytes_FromStringAndSize(PyBytes_AS_STRING(body) + start,
+                                                               PyBytes_GET_SIZE(body) - start);
+    call->fields = pickled == NULL ? NULL : PyObject_CallOneArg(loads, pickled);
+    Py_XDECREF(pickled);
+    if (call->fields == NULL)
+        return -1;
+    PyObject *fields = call->fields;
+    return PyTuple_CheckExact(fields) && PyTuple_GET_SIZE(fields) == 6
+           && PyUnicode_CheckExact(PyTuple_GET_ITEM(fields, 0))
+           && PyTuple_CheckExact(PyTuple_GET_ITEM(fields, 1))
+           && PyDict_CheckExact(PyTuple_GET_ITEM(fields, 2))
+           && PyDict_GET_SIZE(PyTuple_GET_ITEM(fields, 2)) == 0
+           && PyTuple_GET_ITEM(fields, 3) == Py_None && PyTuple_GET_ITEM(fields, 4) == Py_False
+           && PyTuple_CheckExact(PyTuple_GET_ITEM(fields, 5));
+}
+
+/* Whether an entry is public, with nothing to it that could make it private; -1: an error. */
+static int is_public(PyObject *entry)
+{
+    PyObject *domain = PyObject_GetAttr(entry, s_domain);
+    PyObject *private = domain == NULL ? NULL : PyObject_GetAttr(domain, s__private);
+    PyObject *sources = private == NULL ? NULL : PyObject_GetAttr(domain, s__sources);
+    int public = sources == NULL ? -1 : private == Py_False;
+    if (public > 0 && PyObject_IsTrue(sources)) { /* a property: it asks them */
+        Py_SETREF(private, PyObject_GetAttr(domain, s_private));
+        public = private == NULL ? -1 : private == Py_False;
+    }
+    Py_XDECREF(domain);
+    Py_XDECREF(private);
+    Py_XDECREF(sources);
+    return public;
+}
+
+/* Put the object into the place of its id; 1: done, 0: not usual, -1: an error. */
+static int fill(Call *call, PyObject *place)
+{
+    Py_ssize_t at = PyLong_AsSsize_t(place);
+    if (at < 0 || at >= PyTuple_GET_SIZE(call->args))
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *entry = PyDict_GetItemWithError(call->by_id, PyTuple_GET_ITEM(call->args, at));
+    if (entry == NULL || (PyObject *)Py_TYPE(entry) != entry_class)
+        return PyErr_Occurred() ? -1 : 0;
+    int public = is_public(entry);
+    if (public <= 0)
+        return public;
+    PyObject *value = PyObject_GetAttr(entry, s_value);
+    if (value == NULL || PyList_Append(call->used, entry) < 0) {
+        Py_XDECREF(value);
+        return -1;
+    }
+    Py_DECREF(PyTuple_GET_ITEM(call->args, at));
+    PyTuple_SET_ITEM(call->args, at, value);
+    return 1;
+}
+
+/* The same for all; a tuple of its own, as the one of the fields may be looked at again. */
+static int fill_all(Call *call)
+{
+    PyObject *args = PyTuple_GET_ITEM(call->fields, 1), *places = PyTuple_GET_ITEM(call->fields, 5);
+    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    call->used = PyList_New(0);
+    call->args = PyTuple_New(count);
+    if (call->used == NULL || call->args == NULL)
+        return -1;
+    for (Py_ssize_t i = 0; i < count; i++)
+        PyTuple_SET_ITEM(call->args, i, Py_NewRef(PyTuple_GET_ITEM(args, i)));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); i++) {
+        int done = fill(call, PyTuple_GET_ITEM(places, i));
+        if (done <= 0)
+            return done;
+    }
+    return 1;
+}
+
+/* ---- running */
+
+/* Find the function; 1: done, 0: arbitrary code with objects at hand, -1: an error. */
+static int find(Call *call)
+{
+    PyObject *name = PyTuple_GET_ITEM(call->fields, 0);
+    PyObject *told = PyDict_GetItemWithError(known, name);
+    if (told == NULL) {
+        PyObject *asked = PyErr_Occurred() ? NULL : PyObject_CallOneArg(about, name);
+        if (asked == NULL || PyDict_SetItem(known, name, asked) < 0) {
+            Py_XDECREF(asked);
+            return -1;
+        }
+        Py_DECREF(asked);
+        told = asked; /* the dict holds it */
+    }
+    PyObject *module, *function;
+    if (!PyArg_ParseTuple(told, "pOO", &call->is_pure, &module, &function))
+        return -1;
+    if (!call->is_pure && PyList_GET_SIZE(call->used) > 0)
+        return 0;
+    if (module == Py_None) {
+        call->function = Py_NewRef(function);
+    } else { /* a user's: the module may have been loaded anew */
+        PyObject *loaded = PyDict_GetItemWithError(PyImport_GetModuleDict(), module);
+        if (loaded == NULL)
+            return PyErr_Occurred() ? -1 : 0;
+        Py_INCREF(loaded);
+        call->function = PyObject_GetAttr(loaded, function);
+        Py_DECREF(loaded);
+    }
+    return call->function == NULL ? -1 : 1;
+}
+
+/* Whether no context of autocast was left open: see autocast.depth. */
+static int is_nowhere_deep(void)
+{
+    PyObject *more = PyObject_CallNoArgs(increment_nesting);
+    PyObject *less = more == NULL ? NULL : PyObject_CallNoArgs(decrement_nesting);
+    long depth = less == NULL ? -1 : PyLong_AsLong(less);
+    Py_XDECREF(more);
+    Py_XDECREF(less);
+    return PyErr_Occurred() ? -1 : depth == 0;
+}
+
+static int are_modes_usual(void)
+{
+    int is_usual = gives(is_grad_enabled, Py_True);
+    if (is_usual > 0)
+        is_usual = gives(get_default_dtype, float32);
+    if (is_usual > 0)
+        is_usual = gives(is_any_autocast_enabled, Py_False);
+    return is_usual > 0 ? is_nowhere_deep() : is_usual;
+}
+
+/* The modes are the parent's again after arbitrary code, also where it has raised. */
+static PyObject *restored(PyObject *result)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *none = are_modes_usual() > 0 ? Py_NewRef(Py_None) : PyObject_CallNoArgs(usual);
+    if (none == NULL) {
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        Py_CLEAR(result);
+        return NULL;
+    }
+    Py_DECREF(none);
+    PyErr_Restore(type, error, trace);
+    return result;
+}
+
+/* ---- keeping the result */
+
+static PyObject *public_domain(void)
+{
+    PyObject *domain = allocate(domain_class, 0), *none = PyTuple_New(0);
+    if (domain == NULL || none == NULL || PyObject_SetAttr(domain, s__private, Py_False) < 0
+        || PyObject_SetAttr(domain, s__tainted, Py_False) < 0
+        || PyObject_SetAttr(domain, s__sources, none) < 0)
+        Py_CLEAR(domain);
+    Py_XDECREF(none);
+    return domain;
+}
+
+/* Address of a tensor's storage, which views share; 0: none, or an error is set. */
+static unsigned long long memory_of(PyObject *tensor)
+{
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, s_untyped_storage);
+    PyObject *address = storage == NULL ? NULL : PyObject_CallMethodNoArgs(storage, s_data_ptr);
+    unsigned long long memory = address == NULL ? 0 : PyLong_AsUnsignedLongLong(address);
+    Py_XDECREF(storage);
+    Py_XDECREF(address);
+    if (address == NULL && PyErr_ExceptionMatches(PyExc_RuntimeError)) /* sparse and the like have no storage */
+        PyErr_Clear();
+    return memory;
+}
+
+/* Whether a result and all that was used are tensors, and none of these shares its memory. */
+static int is_apart(Call *call, PyObject *result)
+{
+    if ((PyObject *)Py_TYPE(result) != tensor_class)
+        return 0;
+    unsigned long long memory = memory_of(result);
+    for (Py_ssize_t i = 0; memory != 0 && i < PyList_GET_SIZE(call->used); i++) {
+        PyObject *value = PyObject_GetAttr(PyList_GET_ITEM(call->used, i), s_value);
+        if (value == NULL || (PyObject *)Py_TYPE(value) != tensor_class
+            || memory_of(value) == memory || PyErr_Occurred())
+            memory = 0;
+        Py_XDECREF(value);
+    }
+    return PyErr_Occurred() ? -1 : memory != 0;
+}
+
+/* See privacy.result_domain: nothing that was used is private. */
+static PyObject *domain_of(Call *call, PyObject *result)
+{
+    int is_new = PyList_GET_SIZE(call->used) == 0 ? 1 : is_apart(call, result);
+    if (is_new != 0)
+        return is_new < 0 ? NULL : public_domain();
+    PyObject *arguments[] = {result, call->used, Py_False};
+    return PyObject_Vectorcall(result_domain, arguments, 2, named_private);
+}
+
+/* Objects without an identity that matters: the same one may be the result of many calls. */
+static int is_atom(PyObject *value)
+{
+    return value == Py_None || PyLong_CheckExact(value) || PyFloat_CheckExact(value)
+           || PyBool_Check(value) || PyUnicode_CheckExact(value) || PyBytes_CheckExact(value);
+}
+
+static PyObject *make_entry(PyObject *value, PyObject *id, PyObject *domain)
+{
+    PyObject *entry = allocate(entry_class, 0), *ids = PyList_New(1);
+    if (ids != NULL)
+        PyList_SET_ITEM(ids, 0, Py_NewRef(id));
+    if (entry == NULL || ids == NULL || PyObject_SetAttr(entry, s_value, value) < 0
+        || PyObject_SetAttr(entry, s_ids, ids) < 0 || PyObject_SetAttr(entry, s_domain, domain) < 0
+        || PyObject_SetAttr(entry, s_tags, no_tags) < 0
+        || PyObject_SetAttr(entry, s_description, no_text) < 0
+        || PyObject_SetAttr(entry, s_open_shape, Py_True) < 0)
+        Py_CLEAR(entry);
+    Py_XDECREF(ids);
+    return entry;
+}
+
+/* See ObjectStore.add: 1: kept, 0: it was here before, so that is its business, -1: an error. */
+static int keep_new(Call *call, PyObject *id, PyObject *value, PyObject *domain)
+{
+    PyObject *entry = make_entry(value, id, domain), *key = NULL, *by_object = NULL;
+    int done = entry == NULL ? -1 : 1;
+    if (done > 0 && !is_atom(value)) {
+        key = PyLong_FromVoidPtr(value);
+        by_object = PyObject_GetAttr(call->store, s__by_object);
+        int known = key == NULL || by_object == NULL ? -1 : PyDict_Contains(by_object, key);
+        done = known < 0 ? -1 : !known;
+        if (done > 0 && PyDict_SetItem(by_object, key, entry) < 0)
+            done = -1;
+    }
+    if (done > 0 && PyDict_SetItem(call->by_id, id, entry) < 0)
+        done = -1;
+    Py_XDECREF(entry);
+    Py_XDECREF(key);
+    Py_XDECREF(by_object);
+    return done;
+}
+
+static int keep(Call *call, PyObject *id, PyObject *value)
+{
+    PyObject *domain = domain_of(call, value);
+    if (domain == NULL)
+        return -1;
+    int done = 0;
+    if (is_atom(value) || (PyObject *)Py_TYPE(value) == tensor_class)
+        done = keep_new(call, id, value, domain);
+    if (done == 0) {
+        PyObject *entry = PyObject_CallMethodObjArgs(call->store, s_add, id, value, domain, NULL);
+        done = entry == NULL ? -1 : 1;
+        Py_XDECREF(entry);
+    }
+    Py_DECREF(domain);
+    return done;
+}
+
+/* ---- the call */
+
+/* 1: this loop executes such frames, 0: it does not, or not this one, -1: an error. */
+static int begin(Call *call)
+{
+    call->host = PyObject_GetAttr(call->loop, s__host);
+    if (call->host == NULL)
+        return -1;
+    PyObject *last = PyObject_GetAttr(call->loop, s__last);
+    int is_usual = last == NULL
+                     ? -1
+                     : PyObject_RichCompareBool(PyTuple_GET_ITEM(call->frame, 2), last, Py_GT);
+    Py_XDECREF(last);
+    if (is_usual > 0)
+        is_usual = is_attribute(call->loop, s__turn, Py_None);
+    if (is_usual > 0)
+        is_usual = is_attribute(call->host, s_registered, Py_None);
+    if (is_usual > 0)
+        is_usual = is_attribute(call->host, s_stopped, Py_False);
+    if (is_usual <= 0)
+        return is_usual;
+    call->store = PyObject_GetAttr(call->host, s_store);
+    call->by_id = call->store == NULL ? NULL : PyObject_GetAttr(call->store, s__by_id);
+    return call->by_id == NULL ? -1 : 1;
+}
+
+/* Note that the call runs, so that a signal handler that raises in it is told of as its error:
+ * how many commands are to be reported with it, -1: an error. */
+static long long note_begin(Call *call)
+{
+    return PyObject_SetAttr(call->loop, s__running, call->frame) < 0
+                   || PyObject_SetAttr(call->loop, s__last, PyTuple_GET_ITEM(call->frame, 2)) < 0
+                   || add_one(call->host, s_commands) < 0
+               ? -1
+               : add_one(call->loop, s__unreported);
+}
+
+/* Note that it is done: in memory that the parent sees, also if the worker is killed. */
+static int note_end(Call *call)
+{
+    PyObject *arena = PyObject_GetAttr(call->host, s_arena);
+    PyObject *done = arena == NULL ? NULL : PyObject_GetAttr(arena, s_done);
+    int noted = -1;
+    if (done != NULL && PyObject_SetAttr(call->loop, s__running, Py_None) == 0)
+        noted = PyObject_SetItem(done, zero, PyTuple_GET_ITEM(call->frame, 2));
+    Py_XDECREF(arena);
+    Py_XDECREF(done);
+    return noted;
+}
+
+/* End a copy of the worker that the call has forked. */
+static int require_process(Call *call)
+{
+    int is_worker = are_equal(call->host, s__owner, s_here);
+    if (is_worker != 0)
+        return is_worker;
+    PyObject *none = PyObject_CallMethodOneArg(call->host, s_require_process, Py_None);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : 1;
+}
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Call the function and keep what it gives: whether the parent should be told now; -1: an error. */
+static int run(Call *call)
+{
+    double started = seconds();
+    long long unreported = note_begin(call);
+    if (unreported < 0)
+        return -1;
+    PyObject *result = PyObject_Call(call->function, call->args, NULL);
+    if (!call->is_pure)
+        result = restored(result);
+    int done = result == NULL ? -1 : 1;
+    if (done > 0 && call->flags & wire.keep)
+        done = keep(call, PyTuple_GET_ITEM(call->frame, 2), result);
+    Py_XDECREF(result);
+    if (done < 0 || require_process(call) < 0 || note_end(call) < 0)
+        return -1;
+    return unreported >= (long long)wire.report_commands
+           || seconds() - started > wire.report_seconds;
+}
+
+/* What went wrong before it was called is told of as its error, too. */
+static void note_failed(Call *call)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (note_begin(call) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, error, trace);
+}
+
+PyDoc_STRVAR(execute_doc,
+"execute(loop, frame)\n--\n\n"
+"Execute the command in a frame if it is a flat call: None if not, else whether to report.");
+
+static PyObject *execute(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    if (count != 2 || !PyTuple_Check(given[1]) || PyTuple_GET_SIZE(given[1]) != 4
+        || !PyBytes_CheckExact(PyTuple_GET_ITEM(given[1], 3))) {
+        PyErr_SetString(PyExc_TypeError, "execute takes a loop and a frame");
+        return NULL;
+    }
+    Call call = {.loop = given[0], .frame = given[1]};
+    unsigned kind = (unsigned)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(call.frame, 0));
+    call.flags = (unsigned)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(call.frame, 1));
+    int is_flat = kind == wire.kind
+                  && (call.flags | wire.keep | wire.frees) == (wire.plain | wire.keep | wire.frees);
+    if (is_flat)
+        is_flat = begin(&call);
+    int has_begun = is_flat > 0;
+    if (is_flat > 0)
+        is_flat = read_fields(&call, PyTuple_GET_ITEM(call.frame, 3));
+    if (is_flat > 0)
+        is_flat = fill_all(&call);
+    if (is_flat > 0)
+        is_flat = find(&call);
+    if (is_flat < 0 && has_begun)
+        note_failed(&call);
+    int done = is_flat > 0 ? run(&call) : is_flat;
+    forget(&call);
+    if (done < 0)
+        return NULL;
+    return is_flat ? PyBool_FromLong(done) : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(prepare_doc,
+"prepare(parts, numbers)\n--\n\n"
+"Give it the parts of the package that it works with, and numbers of the wire and loop; once.");
+
+static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *parts;
+    if (!PyArg_ParseTuple(args, "O!(IIIIId)", &PyDict_Type, &parts, &wire.plain, &wire.keep,
+                          &wire.frees, &wire.kind, &wire.report_commands, &wire.report_seconds))
+        return NULL;
+    if (take_parts(parts) < 0)
+        return NULL;
+    named_private = PyTuple_Pack(1, s_private);
+    zero = PyLong_FromLong(0);
+    known = PyDict_New();
+    if (named_private == NULL || zero == NULL || known == NULL)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"execute", (PyCFunction)(void (*)(void))execute, METH_FASTCALL, execute_doc},
+    {"prepare", prepare, METH_VARARGS, prepare_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "fedproc.worker._flat",
+    .m_doc = "Executing flat calls in one step; see fedproc.worker.flat.",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__flat(void) { return PyModule_Create(&definition); }

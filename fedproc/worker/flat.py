@@ -1,0 +1,78 @@
+"""Flat calls in one step, where that was compiled. Runs in the worker.
+
+A call is *flat* when its function has a name and its arguments are objects of the worker and plain
+values: what pipelines are made of. ``_flat.c`` does for it what ``loop``, ``host``, ``handlers``,
+``running`` and ``store`` do, in a third of the time. It is optional: where there was no C compiler,
+and for whatever is not usual about a call, those are the way.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedproc.wire import commands, frames
+from fedproc.wire.frames import Frame
+from fedproc.wire.names import function_named, place_of
+from fedproc.worker.modes import usual
+from fedproc.worker.privacy import result_domain
+from fedproc.worker.running import is_pure
+from fedproc.worker.store import Domain, Entry
+
+if TYPE_CHECKING:
+    from fedproc.worker.loop import Loop
+
+try:
+    from fedproc.worker import _flat
+except ImportError:  # not built
+    _flat = None  # type: ignore[assignment]
+
+Execute = Callable[["Loop", Frame], "bool | None"]
+
+
+def _about(name: str) -> tuple[bool, str | None, Any]:
+    """What is remembered of a name: whether its function is pure, and where it is found.
+
+    That is a module and an attribute, to be looked up each time, or None and the function itself.
+    """
+    place = place_of(name)
+    if place is not None and len(place[1]) == 1:
+        return is_pure(name), place[0], place[1][0]
+    return is_pure(name), None, function_named(name)
+
+
+def _not_compiled(_loop: "Loop", _frame: Frame) -> None:
+    """No call is taken: all go the general way."""
+
+
+def prepared(report_commands: int, report_seconds: float) -> Execute:
+    """``execute(loop, frame)``: execute the command in a frame if it is a flat call.
+
+    It tells whether to report to the parent, which is due after so many commands, or after one that
+    took so long; None if it was no flat call, or something was not as usual. What the function of
+    the call raises, it raises.
+    """
+    if _flat is None:
+        return _not_compiled
+    parts = {
+        "loads": pickle.loads,
+        "about": _about,
+        "usual": usual,
+        "is_grad_enabled": torch.is_grad_enabled,
+        "get_default_dtype": torch.get_default_dtype,
+        "is_any_autocast_enabled": torch._C._is_any_autocast_enabled,
+        "increment_nesting": torch.autocast_increment_nesting,
+        "decrement_nesting": torch.autocast_decrement_nesting,
+        "float32": torch.float32,
+        "result_domain": result_domain,
+        "entry_class": Entry,
+        "domain_class": Domain,
+        "tensor_class": torch.Tensor,
+        "no_tags": frozenset(),
+        "no_text": "",
+    }
+    call = commands.KIND[commands.Call]
+    flags = (frames.PLAIN, frames.KEEP, frames.FREES)
+    _flat.prepare(parts, (*flags, call, report_commands, report_seconds))
+    return _flat.execute
