@@ -27,7 +27,10 @@ def as_real(value: object) -> float | None:
     """``value`` as a float; None if it is no real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int, or a fraction of two
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def require_whole(name: str, value: object) -> int:
@@ -134,6 +137,7 @@ def deadline_of(timeout: object) -> float | None:
     """
     if timeout is None:
         return None
-    if not isinstance(timeout, numbers.Real) or timeout != timeout:  # noqa: PLR0124 - NaN
+    seconds = as_real(timeout)
+    if seconds is None or math.isnan(seconds):
         raise ValueError(f"timeout must be a number of seconds, or None, not {timeout!r}")
-    return time.monotonic() + float(timeout)
+    return time.monotonic() + seconds

@@ -24,24 +24,24 @@ class Trail:
 
     def __init__(self) -> None:
         """Makes the file; nobody trains yet."""
-        self._fd: int | None = None
+        self._fds: list[int] = []  # one, or none
         self.path = ""
         if hasattr(os, "memfd_create"):
-            self._fd = os.memfd_create("fedproc-trail")
-            os.pwrite(self._fd, _packed(IDLE), 0)
-            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+            # in one step: a Ctrl-C right after it finds who closes the file
+            self._fds.extend(map(os.memfd_create, ("fedproc-trail",)))
+            os.pwrite(self._fds[0], _packed(IDLE), 0)
+            self.path = f"/proc/{os.getpid()}/fd/{self._fds[0]}"
 
     def read(self) -> int:
         """Returns the place in the cohort of the client that trains, or IDLE."""
-        if self._fd is None:
+        if not self._fds:
             return IDLE
-        return int.from_bytes(os.pread(self._fd, _BYTES, 0), "little", signed=True)
+        return int.from_bytes(os.pread(self._fds[0], _BYTES, 0), "little", signed=True)
 
     def __del__(self) -> None:
         """Closes the file."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 class Footprint:

@@ -73,7 +73,7 @@ def test_the_cluster_closes_over_a_function_that_never_returns():
     assert cluster["bob"].alive is False
 
 
-@pytest.mark.parametrize("timeout", ["1", float("nan"), [1]])
+@pytest.mark.parametrize("timeout", ["1", float("nan"), [1], True])
 def test_what_is_no_time_is_refused_and_the_object_stays(bob, x, timeout):
     p = bob.send(x)
     for wait in (p.get, p.fetch, p.wait):
@@ -87,4 +87,5 @@ def test_what_is_no_time_is_refused_and_the_object_stays(bob, x, timeout):
     ):
         with pytest.raises(ValueError, match="timeout must be a number of seconds, or None"):
             wait()
+    assert torch.equal(p.fetch(timeout=10**400), x)  # for ever
     assert torch.equal(p.get(timeout=np.int64(60)), x)

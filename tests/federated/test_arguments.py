@@ -318,6 +318,7 @@ NO_NUMBERS = {
         "min_delta must be a finite number of at least 0, got 'a'",
     ),
     "lr": (lambda: FedAvg(True), "lr must be a finite number above 0, got True"),
+    "huge lr": (lambda: FedAvg(10**400), f"lr must be a finite number above 0, got {10**400}"),
     "momentum": (
         lambda: FedAvgM(momentum=1),
         "momentum must be a number from 0 to below 1.0, got 1",
