@@ -27,6 +27,8 @@
 #include "../wire/_compiled.h"
 #include "_body.h"
 
+#include <frameobject.h> /* until Python 3.11 not part of Python.h */
+
 #define HEADER_BYTES 20
 #define MOST_ARGUMENTS 16
 
@@ -161,7 +163,11 @@ static int find_name(Call *call, PyObject *function, PyObject *what)
     PyObject *found = PyObject_GetAttr(loaded, attribute);
     Py_DECREF(loaded);
     Py_XDECREF(found);
-    PyErr_Clear(); /* it may be called so no more */
+    if (found == NULL) { /* it is called so no more */
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+            return -1;
+        PyErr_Clear();
+    }
     return found == function;
 }
 
@@ -206,7 +212,7 @@ static int make(Call *call, PyObject *cls)
     call->outbox = PyObject_GetAttr(call->link, s_outbox);
     call->inbox = PyObject_GetAttr(call->link, s_inbox);
     call->channel = PyObject_GetAttr(call->link, s_channel);
-    PyObject *site = caller();
+    PyObject *site = PyErr_Occurred() ? NULL : caller();
     if (site == NULL)
         return PyErr_Occurred() ? -1 : 0;
     call->expected = PyTuple_Pack(3, Py_None, site, call->what);
@@ -214,8 +220,7 @@ static int make(Call *call, PyObject *cls)
     call->handle = allocate(handle_class, 0);
     call->reference = call->handle == NULL ? NULL : PyWeakref_NewRef(call->handle, NULL);
     call->pointer = allocate(cls, 0);
-    if (call->outbox == NULL || call->inbox == NULL || call->channel == NULL
-        || call->expected == NULL || call->reference == NULL || call->pointer == NULL
+    if (call->expected == NULL || call->reference == NULL || call->pointer == NULL
         || PyObject_SetAttr(call->handle, s_link, call->link) < 0
         || set_slot(set_handle, call->pointer, call->handle) < 0
         || set_slot(set_chain, call->pointer, Py_None) < 0)
