@@ -15,6 +15,7 @@ from torch import Tensor
 
 # What the column of targets is called, of two; the other one is the inputs.
 _TARGET_NAMES: Final = frozenset({"label", "labels", "target", "targets", "y"})
+_NO_ROWS: Final = frozenset({torch.uint16, torch.uint32, torch.uint64})
 
 
 @runtime_checkable
@@ -61,6 +62,12 @@ def as_rows(data: object) -> tuple[Tensor, Tensor]:
             "inputs and targets must have one row each per example, got shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.dtype in _NO_ROWS:
+            raise ValueError(
+                f"{name} is of {tensor.dtype}, of which torch cannot pick rows: give {name}.long() "
+                "or, of images, a tensor of floats"
+            )
     return x, y
 
 

@@ -297,3 +297,12 @@ def test_real_images_of_pil():
     assert torch.equal(x[0], torch.arange(18.0).reshape(2, 3, 3).permute(2, 0, 1) / 255)
     with pytest.raises(ValueError, match="2 or 3 dimensions"):
         image_tensor(np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_of_what_torch_picks_no_rows_is_refused_with_the_way(inline, dtype):
+    rows = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=rf"^y is of {dtype}, .* give y\.long\(\)"):
+        federate((rows, torch.zeros(4, dtype=dtype)), inline)
+    with pytest.raises(ValueError, match=rf"^client 'a': x is of {dtype}, .* give x\.long\(\)"):
+        FederatedDataset({"a": (rows.to(dtype), torch.zeros(4))}, inline)
