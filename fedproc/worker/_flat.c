@@ -163,7 +163,8 @@ static int fill_all(Call *call)
 
 /* ---- running */
 
-/* Find the function; 1: done, 0: arbitrary code with objects at hand, -1: an error. */
+/* Find the function; 1: done, 0: left to the general way: arbitrary code with objects at hand, or
+ * what is in a class of a user's; -1: an error. */
 static int find(Call *call)
 {
     PyObject *name = PyTuple_GET_ITEM(call->fields, 0);
@@ -180,7 +181,7 @@ static int find(Call *call)
     PyObject *module, *function;
     if (!PyArg_ParseTuple(told, "pOO", &call->is_pure, &module, &function))
         return -1;
-    if (!call->is_pure && PyList_GET_SIZE(call->used) > 0)
+    if ((!call->is_pure && PyList_GET_SIZE(call->used) > 0) || function == Py_None)
         return 0;
     if (module == Py_None) {
         call->function = Py_NewRef(function);

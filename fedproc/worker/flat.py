@@ -34,12 +34,14 @@ Execute = Callable[["Loop", Frame], "bool | None"]
 def _about(name: str) -> tuple[bool, str | None, Any]:
     """What is remembered of a name: whether its function is pure, and where it is found.
 
-    That is a module and an attribute, to be looked up each time, or None and the function itself.
+    That is a module and an attribute, to be looked up each time; or None and the function itself;
+    or a module and None: what is in a class of a user's, the general way looks up.
     """
     place = place_of(name)
-    if place is not None and len(place[1]) == 1:
-        return is_pure(name), place[0], place[1][0]
-    return is_pure(name), None, function_named(name)
+    if place is None:
+        return is_pure(name), None, function_named(name)
+    module, path = place
+    return is_pure(name), module, path[0] if len(path) == 1 else None
 
 
 def _not_compiled(_loop: "Loop", _frame: Frame) -> None:
