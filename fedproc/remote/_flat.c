@@ -269,11 +269,16 @@ static int take(PyObject *lock)
     return taken == NULL ? -1 : taken == Py_True;
 }
 
-static int let_go(PyObject *lock)
+/* Let go of it, also with an error under way: gives `done`, -1 where it could not be let go. */
+static int let_go(PyObject *lock, int done)
 {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
     PyObject *none = PyObject_CallMethodNoArgs(lock, s_release);
     Py_XDECREF(none);
-    return none == NULL ? -1 : 0;
+    if (done < 0)
+        PyErr_Restore(type, error, trace);
+    return none == NULL ? -1 : done;
 }
 
 /* ---- commit: from here on nothing runs code of Python */
@@ -342,6 +347,7 @@ static int note(Call *call, PyObject *number)
 {
     PyObject *expected = PyObject_GetAttr(call->inbox, s_expected);
     PyObject *handles = PyObject_GetAttr(call->outbox, s_handles);
+    Py_DECREF(PyTuple_GET_ITEM(call->expected, 0)); /* None */
     PyTuple_SET_ITEM(call->expected, 0, Py_NewRef(number));
     PyObject *none = NULL;
     int done = -1;
@@ -389,8 +395,7 @@ static int send(Call *call, const Body *body)
         done = is_link_usual(call);
         if (done > 0 && commit(call, body) < 0)
             done = -1;
-        if (let_go(lock) < 0)
-            done = -1;
+        done = let_go(lock, done);
     }
     Py_XDECREF(lock);
     return done;

@@ -156,9 +156,15 @@ class Outbox:
             (self._inbox.abandon if answered else self.release)(query)
         if self.trash or self._held:
             with self.lock:
-                while self.trash:
-                    self.send(plain(commands.Free(), "free"), Site.nowhere())
-                self._let_held_go()
+                if self.sending:  # a finalizer or signal handler, in the middle of it
+                    return
+                self.sending = True
+                try:
+                    while self.trash:
+                        self.send(plain(commands.Free(), "free"), Site.nowhere())
+                    self._let_held_go()
+                finally:
+                    self.sending = False
 
     # ---- what waits for the end of a borrow
 

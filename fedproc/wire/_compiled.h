@@ -88,10 +88,10 @@ static inline int are_equal(PyObject *owner, PyObject *name, PyObject *other)
 static inline long long add_one(PyObject *owner, PyObject *name)
 {
     PyObject *before = PyObject_GetAttr(owner, name);
-    long long count = before == NULL ? -1 : PyLong_AsLongLong(before) + 1;
-    PyObject *after = before == NULL ? NULL : PyLong_FromLongLong(count);
-    int done = after == NULL ? -1 : PyObject_SetAttr(owner, name, after);
+    long long count = before == NULL ? -1 : PyLong_AsLongLong(before);
     Py_XDECREF(before);
+    PyObject *after = PyErr_Occurred() ? NULL : PyLong_FromLongLong(++count);
+    int done = after == NULL ? -1 : PyObject_SetAttr(owner, name, after);
     Py_XDECREF(after);
     return done < 0 ? -1 : count;
 }

@@ -222,7 +222,10 @@ static PyObject *restored(PyObject *result)
 {
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
-    PyObject *none = are_modes_usual() > 0 ? Py_NewRef(Py_None) : PyObject_CallNoArgs(usual);
+    int is_usual = are_modes_usual();
+    if (is_usual < 0)
+        PyErr_Clear(); /* usual() meets it again */
+    PyObject *none = is_usual > 0 ? Py_NewRef(Py_None) : PyObject_CallNoArgs(usual);
     if (none == NULL) {
         Py_XDECREF(type);
         Py_XDECREF(error);

@@ -133,6 +133,22 @@ def test_in_the_middle_of_sending_it_is_refused_and_no_command_is_lost(
     assert log.fetch() == [0, 1, 2]
 
 
+def test_in_the_middle_of_sending_frees_it_is_refused_and_no_object_stays(
+    cluster, on_signal, monkeypatch
+):
+    bob = cluster["bob"]
+    monkeypatch.setattr(bob.link, "tidy", lambda: None)  # the janitor leaves it to this thread
+    x = bob.send(torch.zeros(3))
+    y, z = x + 2, x + 3
+    cluster.wait()
+    found = on_signal(lambda: x + 1)
+    del y, z
+    interrupt_once(monkeypatch, bob.link.outbox, "_dropped")
+    bob.link.outbox.tidy()
+    assert "+: a signal handler or finalizer cannot use worker 'bob'" in str(found[0])
+    assert bob.stats().objects == 1
+
+
 def test_in_the_middle_of_a_look_it_is_refused_to_wait(cluster, on_signal, monkeypatch):
     bob = cluster["bob"]
     x = bob.send(torch.zeros(3))
