@@ -35,7 +35,7 @@
 static struct {
     unsigned version, kind, keep, frees, most_frees, most_unanswered, burst;
 } wire;
-static PyObject *one;
+static PyObject *one, *nothing; /* nothing: () */
 
 /* ---- the body */
 
@@ -217,7 +217,8 @@ static int make(Call *call, PyObject *cls)
         return PyErr_Occurred() ? -1 : 0;
     call->expected = PyTuple_Pack(3, Py_None, site, call->what);
     Py_DECREF(site);
-    call->handle = allocate(handle_class, 0);
+    /* not allocate(): until Python 3.12 it would have a dict of its own */
+    call->handle = PyBaseObject_Type.tp_new((PyTypeObject *)handle_class, nothing, NULL);
     call->reference = call->handle == NULL ? NULL : PyWeakref_NewRef(call->handle, NULL);
     call->pointer = allocate(cls, 0);
     if (call->expected == NULL || call->reference == NULL || call->pointer == NULL
@@ -478,7 +479,8 @@ static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
                           &wire.burst))
         return NULL;
     one = PyLong_FromLong(1);
-    if (one == NULL || take_parts(parts) < 0)
+    nothing = PyTuple_New(0);
+    if (one == NULL || nothing == NULL || take_parts(parts) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

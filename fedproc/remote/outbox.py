@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 from fedproc.remote.borrows import Borrows
 from fedproc.remote.handle import Handle
@@ -155,14 +156,23 @@ class Outbox:
             self.borrows.reading.pop(query, None)
             (self._inbox.abandon if answered else self.release)(query)
         if self.trash or self._held:
-            with self.lock:
-                if self.sending:  # a finalizer or signal handler, in the middle of it
-                    return
+            self._undisturbed(self._send_frees)
+
+    def _send_frees(self) -> None:
+        while self.trash:
+            self.send(plain(commands.Free(), "free"), Site.nowhere())
+        self._let_held_go()
+
+    def _undisturbed(self, work: Callable[[], None]) -> None:
+        """Work with the lock; who comes in between (a signal handler, a finalizer) is refused.
+
+        One that is itself in between does nothing: the janitor comes again.
+        """
+        with self.lock:
+            if not self.sending:
                 self.sending = True
                 try:
-                    while self.trash:
-                        self.send(plain(commands.Free(), "free"), Site.nowhere())
-                    self._let_held_go()
+                    work()
                 finally:
                     self.sending = False
 
@@ -182,8 +192,7 @@ class Outbox:
 
     def go_on(self) -> None:
         """Send what waits for no borrow any more."""
-        with self.lock:
-            self._let_held_go()
+        self._undisturbed(self._let_held_go)
 
     def _let_held_go(self) -> None:
         released = False

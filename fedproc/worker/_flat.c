@@ -187,7 +187,7 @@ static int find(Call *call)
         call->function = Py_NewRef(function);
     } else { /* a user's: the module may have been loaded anew */
         PyObject *loaded = PyDict_GetItemWithError(PyImport_GetModuleDict(), module);
-        if (loaded == NULL)
+        if (loaded == NULL || loaded == Py_None)
             return PyErr_Occurred() ? -1 : 0;
         Py_INCREF(loaded);
         call->function = PyObject_GetAttr(loaded, function);

@@ -149,6 +149,20 @@ def test_in_the_middle_of_sending_frees_it_is_refused_and_no_object_stays(
     assert bob.stats().objects == 1
 
 
+def test_at_the_end_of_a_borrow_it_is_refused_and_no_command_is_lost(
+    cluster, on_signal, monkeypatch
+):
+    bob = cluster["bob"]
+    x, count = bob.send(torch.zeros(100_000)), bob.send(torch.zeros(1))
+    found = on_signal(lambda: count.add_(1))
+    with x.borrow():
+        for _ in range(3):
+            count.add_(1)
+        interrupt_once(monkeypatch, bob.link.outbox, "_let_held_go")
+    assert "add_: a signal handler or finalizer cannot use worker 'bob'" in str(found[0])
+    assert count.fetch().item() == 3.0
+
+
 def test_in_the_middle_of_a_look_it_is_refused_to_wait(cluster, on_signal, monkeypatch):
     bob = cluster["bob"]
     x = bob.send(torch.zeros(3))
