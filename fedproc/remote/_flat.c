@@ -124,6 +124,7 @@ typedef struct {
     PyObject *handle, *reference, *pointer;
     int writes;
     int was_idle;        /* the worker had nothing to do */
+    Py_ssize_t dropped;  /* pointers whose ids go in front */
     Py_ssize_t waiting;  /* frames that are to be written, with this one */
 } Call;
 
@@ -246,7 +247,7 @@ static int is_link_usual(Call *call)
     if (usual > 0)
         usual = is_attribute(call->outbox, s_sending, Py_False);
     Py_ssize_t held = usual > 0 ? size_of(call->outbox, s__held) : 0;
-    Py_ssize_t dropped = usual > 0 ? size_of(call->outbox, s_trash) : 0;
+    call->dropped = usual > 0 ? size_of(call->outbox, s_trash) : 0;
     Py_ssize_t unanswered = usual > 0 ? size_of(call->inbox, s_expected) : 0;
     Py_ssize_t reading = 0;
     if (usual > 0 && call->writes) {
@@ -254,9 +255,9 @@ static int is_link_usual(Call *call)
         reading = borrows == NULL ? -1 : size_of(borrows, s_reading);
         Py_XDECREF(borrows);
     }
-    if (usual < 0 || held < 0 || dropped < 0 || unanswered < 0 || reading < 0)
+    if (usual < 0 || held < 0 || call->dropped < 0 || unanswered < 0 || reading < 0)
         return -1;
-    return usual && held == 0 && reading == 0 && dropped <= (Py_ssize_t)wire.most_frees
+    return usual && held == 0 && reading == 0 && call->dropped <= (Py_ssize_t)wire.most_frees
            && unanswered < (Py_ssize_t)wire.most_unanswered;
 }
 
@@ -311,9 +312,7 @@ static int write_frees(Call *call, unsigned char *at, Py_ssize_t count)
 /* See frames.py. */
 static PyObject *make_frame(Call *call, uint64_t number, const Body *body)
 {
-    Py_ssize_t dropped = size_of(call->outbox, s_trash);
-    if (dropped < 0)
-        return NULL;
+    Py_ssize_t dropped = call->dropped;
     size_t frees = dropped ? 2 + 8 * (size_t)dropped : 0, length = frees + body->used;
     PyObject *frame = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(HEADER_BYTES + length));
     if (frame == NULL)
@@ -427,8 +426,8 @@ static int follow(Call *call)
         may_wait = told == Py_True;
         Py_DECREF(told);
     }
-    if (may_wait)
-        return ring(call);
+    if (may_wait) /* those before it have rung */
+        return call->waiting == 1 ? ring(call) : 0;
     told = PyObject_CallMethodNoArgs(call->link, s_flush);
     Py_XDECREF(told);
     return told == NULL ? -1 : 0;
