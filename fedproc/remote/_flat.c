@@ -426,8 +426,8 @@ static int follow(Call *call)
         may_wait = told == Py_True;
         Py_DECREF(told);
     }
-    if (may_wait) /* those before it have rung */
-        return call->waiting == 1 ? ring(call) : 0;
+    if (may_wait)
+        return ring(call); /* also behind others: the end of a borrow waits without having rung */
     told = PyObject_CallMethodNoArgs(call->link, s_flush);
     Py_XDECREF(told);
     return told == NULL ? -1 : 0;
