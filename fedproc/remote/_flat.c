@@ -157,10 +157,9 @@ static int find_name(Call *call, PyObject *function, PyObject *what)
     }
     Py_INCREF(call->name);
     Py_INCREF(call->what);
-    PyObject *loaded = PyDict_GetItemWithError(PyImport_GetModuleDict(), module);
+    PyObject *loaded = loaded_module(module);
     if (loaded == NULL)
         return PyErr_Occurred() ? -1 : 0;
-    Py_INCREF(loaded);
     PyObject *found = PyObject_GetAttr(loaded, attribute);
     Py_DECREF(loaded);
     Py_XDECREF(found);

@@ -96,6 +96,14 @@ static inline long long add_one(PyObject *owner, PyObject *name)
     return done < 0 ? -1 : count;
 }
 
+/* A module that is loaded now, as users' functions are looked up in every call: its module may have
+ * been loaded anew. NULL without an error: there is none. */
+static inline PyObject *loaded_module(PyObject *name)
+{
+    PyObject *module = PyDict_GetItemWithError(PyImport_GetModuleDict(), name);
+    return module == NULL || module == Py_None ? NULL : Py_NewRef(module);
+}
+
 /* Whether `function()` gives `value`, this very object. */
 static inline int gives(PyObject *function, PyObject *value)
 {

@@ -185,11 +185,10 @@ static int find(Call *call)
         return 0;
     if (module == Py_None) {
         call->function = Py_NewRef(function);
-    } else { /* a user's: the module may have been loaded anew */
-        PyObject *loaded = PyDict_GetItemWithError(PyImport_GetModuleDict(), module);
-        if (loaded == NULL || loaded == Py_None)
+    } else {
+        PyObject *loaded = loaded_module(module);
+        if (loaded == NULL)
             return PyErr_Occurred() ? -1 : 0;
-        Py_INCREF(loaded);
         call->function = PyObject_GetAttr(loaded, function);
         Py_DECREF(loaded);
     }

@@ -15,11 +15,6 @@ from tests.worker.pair import made, needs_compiled, three
 pytestmark = needs_compiled
 
 
-@pytest.fixture
-def pair(monkeypatch):
-    yield from made(monkeypatch)
-
-
 def user(name):
     return f":{__name__}:{name}"
 

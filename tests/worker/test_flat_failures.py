@@ -10,14 +10,9 @@ import torch
 from fedproc import autocast
 from fedproc.worker import flat
 from fedproc.worker import loop as loops
-from tests.worker.pair import DONE, FAILED, made, needs_compiled, state, three
+from tests.worker.pair import DONE, FAILED, needs_compiled, state, three
 
 pytestmark = needs_compiled
-
-
-@pytest.fixture
-def pair(monkeypatch):
-    yield from made(monkeypatch)
 
 
 def user(name):
