@@ -12,6 +12,7 @@ import torch
 
 from fedproc.client.denominators import labelled_rows
 from fedproc.client.devices import placed_loss
+from fedproc.client.elsewhere import here
 from fedproc.client.evaluation import ChunkSums, evaluate_chunks, merged
 from fedproc.client.resident import Resident
 from fedproc.client.seeding import derive_seed, preserved_streams, seed_streams, torch_threads
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from fedproc.client.elsewhere import Rows
     from fedproc.client.gradients import Loss
     from fedproc.client.work import Span, Work
 
@@ -37,7 +39,7 @@ class Evaluator:
         self,
         model: nn.Module,
         work: Work,
-        blocks: Sequence[tuple[Tensor, Tensor]],
+        blocks: Sequence[tuple[Rows, Rows]],
         spans: Mapping[str, Span] | None,
     ) -> None:
         """Keeps the model and the data, on the device of the work.
@@ -45,12 +47,12 @@ class Evaluator:
         Args:
             model: Architecture and frozen values; the rest is loaded whenever it is used.
             work: What to do with each client.
-            blocks: Pairs of inputs (rows, ...) and targets (rows, ...).
+            blocks: Pairs of inputs (rows, ...) and targets (rows, ...), here or in other workers.
             spans: Client name -> its rows in ``blocks``.
         """
         self._work = work
         self._device = torch.device(work.device)
-        self._blocks = [(x.to(self._device), y.to(self._device)) for x, y in blocks]
+        self._blocks = [(here(x).to(self._device), here(y).to(self._device)) for x, y in blocks]
         self._spans = dict(spans or {})
         placed_loss(self._loss(), self._device)
         custom = not isinstance(work.local, LocalTraining)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from fedproc.client.elsewhere import Rows
     from fedproc.client.layout import Slot
 
     _Known = tuple[dict[str, Any], Mapping[str, Tensor]]
@@ -47,7 +48,7 @@ class Trainer(Evaluator):
         self,
         model: nn.Module,
         work: Work,
-        blocks: Sequence[tuple[Tensor, Tensor]] = (),
+        blocks: Sequence[tuple[Rows, Rows]] = (),
         spans: Mapping[str, Span] | None = None,
         trail: str = "",
     ) -> None:
@@ -56,7 +57,7 @@ class Trainer(Evaluator):
         Args:
             model: Architecture and frozen values; every client loads the rest anew.
             work: What to do with each client.
-            blocks: Pairs of inputs (rows, ...) and targets (rows, ...).
+            blocks: Pairs of inputs (rows, ...) and targets (rows, ...), here or in other workers.
             spans: Client name -> its rows in ``blocks``.
             trail: Where to note who trains, see :class:`fedproc.client.trail.Trail`.
         """

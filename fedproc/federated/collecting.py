@@ -23,7 +23,7 @@ from fedproc.errors import (
 )
 from fedproc.federated.commanding import Broadcast, Commands
 from fedproc.federated.lane import Batch, Deadline, Lane, missed
-from fedproc.federated.passing import call_there, see, take
+from fedproc.federated.passing import call_there, see, take, wait_for_any
 from fedproc.federated.supply import Supply
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Collector:
                 if not self._is_supplied:
                     self._is_supplied = True
                     self._meanwhile()
-                self._fetch(self._lanes[self._homes[client]], self._deadline.left())
+                self._fetch_or_wait(self._lanes[self._homes[client]])
             except WorkerLostError as error:
                 self._recover(error.worker or self._homes[client], error)
         except CommandTimeoutError:
@@ -148,10 +148,24 @@ class Collector:
     def _submit(self) -> None:
         """Keeps every worker supplied; one with nothing to do always gets something."""
         for name, lane in self._lanes.items():
-            while lane.queue and self._supply.has_room(lane):
+            while self._supply.has_room(lane) and (lane.queue or self._takes_over(name, lane)):
                 self._supply.submit(name, lane, self._commands, self._deadline)
 
+    def _takes_over(self, name: str, lane: Lane) -> bool:
+        """Gives a worker that is done clients of another one, if there are any."""
+        lane.queue.extend(self._supply.spared(lane, self._lanes.values()))
+        self._homes.update(dict.fromkeys(lane.queue, name))
+        return bool(lane.queue)
+
     # ---- taking
+
+    def _fetch_or_wait(self, lane: Lane) -> None:
+        """Takes the next batch of a worker, or waits until there is somebody to be supplied."""
+        others = self._supply.awaited(self._lanes.values())
+        if others:
+            wait_for_any([lane.batches[0].promise, *others], self._deadline.left())
+        if not others or lane.batches[0].promise.is_done():
+            self._fetch(lane, self._deadline.left())
 
     def _fetch(self, lane: Lane, timeout: float | None) -> None:
         """Takes one batch home; every failure but a loss is the clients' own."""
@@ -277,7 +291,7 @@ class Collector:
 
     def _enqueue(self, clients: list[str]) -> None:
         """Puts clients into the queues of their workers, at their places in the cohort."""
-        self._homes.update(self._crew.homes(clients))
+        self._homes.update(self._crew.assigned(clients))
         for client in clients:
             lane = self._lanes.get(self._homes[client])
             if lane is None:

@@ -13,13 +13,17 @@ import torch
 
 from fedproc.client.trail import IDLE, Trail
 from fedproc.client.trainer import Trainer
+from fedproc.client.training import LocalTraining
 from fedproc.client.work import Work
 from fedproc.cluster.placing import none_left
 from fedproc.errors import NotShippableError, WorkerLostError
+from fedproc.federated.balancing import balanced
 from fedproc.federated.fingerprint import fingerprint
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.lane import Pace
+from fedproc.federated.sharing import Sharing, can_share
 from fedproc.federated.stacking import Stacking
+from fedproc.memory.pages import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedproc.client.rules import LocalRule
-    from fedproc.client.training import LocalTraining, TrainFunction
+    from fedproc.client.training import TrainFunction
     from fedproc.cluster.cluster import Cluster
     from fedproc.federated.data import FederatedDataset
     from fedproc.federated.holding import Holding
@@ -41,7 +45,7 @@ class _Member:
 
     trainer: Any
     worker: Worker
-    holding: Holding | None
+    holdings: tuple[Holding, ...]
     trail: Trail
 
 
@@ -84,11 +88,13 @@ class Crew:
         self._trainer = trainer
         self._members: dict[str, _Member] = {}
         self._origin: tuple[nn.Module, bytes | None] | None = None
+        self._can_share = trainer is Trainer and data.is_readable and can_share(data.cluster)
+        self._sharing = Sharing()
         self.pace = Pace()
         self.stacking = Stacking.of(vectorize, model.module, local, rule)
 
     def homes(self, clients: Sequence[str]) -> dict[str, str]:
-        """Maps clients to the names of the workers that train them.
+        """Maps clients to the names of the workers that hold their rows.
 
         Raises:
             WorkerLostError: No worker is left.
@@ -99,6 +105,35 @@ class Crew:
             except WorkerLostError:  # one was lost while it was given the rows of another
                 if not self.restored():
                     raise
+
+    @property
+    def shares(self) -> bool:
+        """Whether any worker may train any client.
+
+        Local epochs copy each batch; a train function is given the rows, which it may write to.
+        How stacks of clients are made up decides bits, so it must not depend on who is quick.
+        """
+        epochs = isinstance(self.local, LocalTraining) and self.stacking.on is False
+        return epochs and self._can_share
+
+    def assigned(self, clients: Sequence[str]) -> dict[str, str]:
+        """Maps clients to the names of the workers that shall train them in a round.
+
+        Raises:
+            WorkerLostError: No worker is left.
+        """
+        homes = self.homes(clients)
+        if not self.shares:
+            return homes
+        assert isinstance(self.local, LocalTraining)
+        self._sharing.learn(tuple(self.data.holdings().values()))  # while all are idle
+        sizes = self.data.sizes
+        costs = {client: 1.0 + self.local.steps(sizes[client]) for client in clients}
+        return balanced(homes, costs, self.alive(), self._at_once())
+
+    def _at_once(self) -> int:
+        """Returns how many workers train at the same time: more than cores only take turns."""
+        return max(1, usable_cores() // (training_threads(self.data.cluster) or 1))
 
     def last_step(self, name: str) -> int:
         """Returns the place in the cohort of who trains on a worker, also after its end."""
@@ -142,11 +177,11 @@ class Crew:
     def trainer(self, name: str) -> Any:
         """Returns the pointer to the trainer of a worker."""
         worker = self.data.cluster[name]
-        holding = self.data.holdings().get(name)
+        holdings = self._holdings_of(name)
         member = self._members.get(name)
-        if member is None or member.worker is not worker or member.holding is not holding:
+        if member is None or member.worker is not worker or member.holdings != holdings:
             trail = Trail()
-            member = _Member(self._make(worker, holding, trail), worker, holding, trail)
+            member = _Member(self._make(worker, holdings, trail), worker, holdings, trail)
             self._members[name] = member
         return member.trainer
 
@@ -171,12 +206,18 @@ class Crew:
             self._origin = self._model.as_it_is(), self._fingerprint()
         return self._origin[0]
 
-    def _make(self, worker: Worker, holding: Holding | None, trail: Trail) -> Any:
+    def _holdings_of(self, name: str) -> tuple[Holding, ...]:
+        """Lists whose rows a trainer has: those of its worker, or of all."""
+        holdings = self.data.holdings()
+        if self.shares:
+            return tuple(holdings.values())
+        return (holdings[name],) if name in holdings else ()
+
+    def _make(self, worker: Worker, holdings: tuple[Holding, ...], trail: Trail) -> Any:
         threads = training_threads(self.data.cluster)
         least = self.data.cluster.min_rows if self.data.private else None
         work = Work(self.local, self._rule, threads, str(worker.device), least)
-        blocks = [(block.x, block.y) for block in holding.blocks] if holding else []
-        spans = holding.spans() if holding else {}
+        blocks, spans = self._sharing.rows_for(worker, holdings)
         # sent one by one: a call does not mix tensors from here with pointers
         try:
             model = worker.send(self._model_of_all())

@@ -112,6 +112,8 @@ class FederatedDataset:
         # a factory tells its size when it has run
         self._sizes = {c: len(s) if isinstance(s, RowsSource) else 1 for c, s in sources.items()}
         self._private = private
+        made_there = any(isinstance(source, FactorySource) for source in sources.values())
+        self._is_readable = not (private or made_there)
         self._holdings: dict[str, Holding] = {}
         self._blocks: dict[str, Block] = {}
         self._homes: dict[str, str] = {}
@@ -126,6 +128,11 @@ class FederatedDataset:
     def private(self) -> bool:
         """Whether the rows may not leave their workers."""
         return self._private
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether every worker may read all rows: they are public, and were sent from here."""
+        return self._is_readable
 
     def __len__(self) -> int:
         """Returns the number of rows of all clients."""

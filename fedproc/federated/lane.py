@@ -81,6 +81,16 @@ class Lane:
     blocks: int = 0
     sent: tuple[Any, Any] | None = None
 
+    def unfinished(self) -> list[Batch]:
+        """Lists the batches that the worker is not known to be done with."""
+        return [batch for batch in self.batches if not batch.promise.is_done()]
+
+    def is_ahead(self, least: int) -> bool:
+        """Whether the worker has so many batches, and half of the clients that are left."""
+        unfinished = self.unfinished()
+        clients = sum(len(batch.clients) for batch in unfinished)
+        return len(unfinished) >= least and clients >= len(self.queue)
+
     def submit(self, batch: Batch) -> None:
         """Notes a batch that was submitted, of clients at the head of the queue or before it."""
         self.batches.append(batch)
@@ -133,8 +143,11 @@ class Pace:
         if self._seconds is None:
             return 1
         fitting = _BATCH_BYTES // max(1, nbytes)
-        in_time = int(_BATCH_SECONDS / self._seconds)
-        return max(1, min(_BATCH_MOST, fitting, in_time))
+        return max(1, min(_BATCH_MOST, fitting, self.clients_in(_BATCH_SECONDS)))
+
+    def clients_in(self, seconds: float) -> int:
+        """Returns how many clients train in that time, one after the other."""
+        return 0 if self._seconds is None else int(seconds / self._seconds)
 
 
 class Deadline:

@@ -48,6 +48,10 @@ class Promise:
     link: Link
     query: Borrow
 
+    def is_done(self) -> bool:
+        """Tells whether the worker is done with it, as far as is known here; does not look."""
+        return self.link.executed(self.query.query)
+
     def arrived(self) -> bool:
         """Tells whether it can be taken without waiting."""
         # What was lost counts as executed for those who wait: the look may be what notices it.
@@ -86,6 +90,13 @@ def call_there(trainer: Any, method: str, *args: Any) -> Promise:
         NotShippableError: An argument cannot be pickled.
     """
     return Promise(*fold("fedproc.worker.parts.method", (trainer, method, *args), what=method))
+
+
+def wait_for_any(promises: Sequence[Promise], timeout: float | None) -> None:
+    """Waits until a worker is done with one of them, or for so many seconds."""
+    for promise in promises:
+        promise.link.flush()
+    promises[0].link.hub.wait_until(lambda: any(p.is_done() for p in promises), timeout)
 
 
 def take(promise: Promise, timeout: float | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from fedproc.client.training import LocalTraining
@@ -9,18 +10,24 @@ from fedproc.federated.lane import Batch
 from fedproc.federated.passing import call_there, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from fedproc.client.update import Task
     from fedproc.federated.commanding import Commands
     from fedproc.federated.crew import Crew
     from fedproc.federated.lane import Deadline, Lane
+    from fedproc.federated.passing import Promise
 
 # Updates that a worker may have finished or queued beyond the one that is taken next: enough that
 # it never waits for the parent, few enough that memory does not grow with the cohort.
 _WINDOW_BYTES: Final = 64 << 20
 _WINDOW_LEAST: Final = 4
 _WINDOW_MOST: Final = 256
+# Batches that a worker has at a time where others may take its clients over: one that it trains,
+# one that lies ready.
+_BATCHES_AHEAD: Final = 2
+# Clients that train for so long together are not worth more than one command.
+_LEAST_SECONDS: Final = 0.015
 
 
 class Supply:
@@ -28,6 +35,7 @@ class Supply:
 
     Attributes:
         together: Whether clients take one step each, of which only the mean is wanted.
+        shares: Whether a worker that is done may take clients from another one's queue.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Supply:
         self._nbytes = nbytes
         self._blocks = max(_WINDOW_LEAST, _WINDOW_BYTES // max(1, nbytes))
         self.together = False
+        self.shares = crew.shares
 
     def ask(self, name: str, deadline: Deadline) -> None:
         """Finds out whether one step can be taken for many clients; a worker is asked once."""
@@ -63,7 +72,29 @@ class Supply:
 
     def has_room(self, lane: Lane) -> bool:
         """Whether a worker may have more; one with nothing to do always may."""
-        return not lane.batches or (lane.on_the_way < _WINDOW_MOST and lane.blocks < self._blocks)
+        if not lane.batches:
+            return True
+        if self.shares and lane.is_ahead(_BATCHES_AHEAD):
+            return False
+        return lane.on_the_way < _WINDOW_MOST and lane.blocks < self._blocks
+
+    def spared(self, lane: Lane, lanes: Collection[Lane]) -> list[str]:
+        """Takes every second client of the longest queue, for a worker that has nothing to do."""
+        if not self.shares or lane.unfinished():
+            return []
+        longest = max(lanes, key=lambda other: len(other.queue))
+        clients = list(longest.queue)
+        longest.queue = deque(clients[1::2])
+        return clients[::2]
+
+    def awaited(self, lanes: Collection[Lane]) -> list[Promise]:
+        """Lists what to wait for, since its worker is to be given more when it comes.
+
+        That is the last but one of each: while the last is trained there is time for it.
+        """
+        if not self.shares or not any(lane.queue for lane in lanes):
+            return []
+        return [batch.promise for lane in lanes for batch in lane.unfinished()[-2:][:1]]
 
     def sample(self, lane: Lane) -> list[str]:
         """Returns the clients that show which way is faster."""
@@ -88,6 +119,8 @@ class Supply:
             size = 1  # so that as many as possible are done in time
         else:
             size = self._crew.pace.batch_size(self._nbytes)
+            if self.shares and len(lane.queue) > self._crew.pace.clients_in(_LEAST_SECONDS):
+                size = min(size, -(-len(lane.queue) // 2))  # the rest is for whoever is quick
         clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
         if stacking.on:
             # who may have ended a worker trains alone: it takes nobody along if it does it again

@@ -138,6 +138,22 @@ def _attach(source: Link, target: Link) -> int:
     return number
 
 
+def attach(source: Link, target: Link) -> None:
+    """Let ``target`` map the arena of ``source``, and wait until it has.
+
+    Raises:
+        RemoteError: it cannot, for lack of descriptors for instance.
+        WorkerLostError: one of them has ended.
+    """
+    source.check()
+    number = _attach(source, target)
+    if number:
+        target.wait(number, None, "attach")
+        if target.failures.failed(number):
+            target.attached.discard(source.arena_name)
+            target.failures.raise_for(number)
+
+
 def warn_cut(what: str) -> None:
     """A tensor with autograd history lost it."""
     warnings.warn(

@@ -51,7 +51,7 @@ def serve(host: Host, turn: Turn | None = None, spin_seconds: float = SPIN_SECON
         turn: entered around every command (inline workers share the parent's generators).
         spin_seconds: how long to look for the next command before sleeping.
     """
-    lend_from(host.arena)
+    lend_from(host.arena, host.mapped)
     loop = Loop(host, turn, spin_seconds)
     while not loop.ended:
         try:

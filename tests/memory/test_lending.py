@@ -26,7 +26,7 @@ def in_a_worker():
         found = []
 
         def thread():
-            lend_from(arena)
+            lend_from(arena, {})
             found.append(work(arena))
 
         started = threading.Thread(target=thread)
