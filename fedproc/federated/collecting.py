@@ -199,8 +199,7 @@ class Collector:
     def _read(self, clients: Sequence[str]) -> None:
         """Notes that updates were folded, or are not needed."""
         for client in clients:
-            batch = self._seen.pop(client, None)
-            if batch is not None:
+            if (batch := self._seen.pop(client, None)) is not None:
                 batch.read()
 
     def _see_all(self) -> None:
