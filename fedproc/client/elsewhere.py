@@ -22,13 +22,16 @@ class Elsewhere:
     Attributes:
         arena: Name of the memory that worker shares.
         offset: Its first byte there.
-        dtype, shape: Of the tensor, whose elements lie one after the other.
+        nbytes: How many there are, all of the tensor.
+        dtype, shape, stride: Of the tensor.
     """
 
     arena: str
     offset: int
+    nbytes: int
     dtype: torch.dtype
     shape: torch.Size
+    stride: tuple[int, ...]
 
     def read(self) -> Tensor:
         """Returns the tensor, which must not be written to.
@@ -36,22 +39,24 @@ class Elsewhere:
         Raises:
             RuntimeError: That memory is not attached to this worker.
         """
-        block = Block(self.offset, self.shape.numel() * self.dtype.itemsize)
-        return lent_by(self.arena, block).view(self.dtype).view(self.shape)
+        whole = lent_by(self.arena, Block(self.offset, self.nbytes)).view(self.dtype)
+        return whole.as_strided(self.shape, self.stride)
 
 
 def places_of(arena: str, *tensors: Tensor) -> list[Elsewhere]:
     """Tells other workers where tensors of this one lie; its arena has the given name.
 
     Raises:
-        RuntimeError: One does not lie there in one piece.
+        RuntimeError: One does not lie there.
     """
     found = []
     for tensor in tensors:
-        offset = offset_of(tensor) if tensor.numel() else 0
-        if offset is None or not tensor.is_contiguous():
+        nbytes = tensor.numel() * tensor.element_size()
+        offset = offset_of(tensor) if nbytes else 0
+        if offset is None:
             raise RuntimeError("rows that others are to read do not lie in shared memory")
-        found.append(Elsewhere(arena, offset, tensor.dtype, tensor.shape))
+        shape, stride = tensor.shape, tensor.stride()  # dense: it was sent, by itself
+        found.append(Elsewhere(arena, offset, nbytes, tensor.dtype, shape, stride))
     return found
 
 

@@ -21,7 +21,7 @@ from fedproc.federated.balancing import balanced
 from fedproc.federated.fingerprint import fingerprint
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.lane import Pace
-from fedproc.federated.sharing import Sharing, can_share
+from fedproc.federated.sharing import Sharing
 from fedproc.federated.stacking import Stacking
 from fedproc.memory.pages import usable_cores
 
@@ -48,6 +48,10 @@ class _Member:
     holdings: tuple[Holding, ...]
     trail: Trail
 
+    def has(self, holdings: Sequence[Holding]) -> bool:
+        """Whether it has these rows, and perhaps others."""
+        return all(held in self.holdings for held in holdings)
+
 
 class Crew:
     """Trainers by worker name.
@@ -56,6 +60,7 @@ class Crew:
         data: The clients and where they are.
         local: What a client does.
         pace: How long clients train.
+        shares: Whether any worker may train any client of this round.
         stacking: Whether they train at once.
     """
 
@@ -88,8 +93,9 @@ class Crew:
         self._trainer = trainer
         self._members: dict[str, _Member] = {}
         self._origin: tuple[nn.Module, bytes | None] | None = None
-        self._can_share = trainer is Trainer and data.is_readable and can_share(data.cluster)
-        self._sharing = Sharing()
+        allowed = trainer is Trainer and data.is_readable
+        self._sharing = Sharing(data.cluster, allowed=allowed)
+        self.shares = False
         self.pace = Pace()
         self.stacking = Stacking.of(vectorize, model.module, local, rule)
 
@@ -106,29 +112,24 @@ class Crew:
                 if not self.restored():
                     raise
 
-    @property
-    def shares(self) -> bool:
-        """Whether any worker may train any client.
+    def assigned(self, clients: Sequence[str]) -> dict[str, str]:
+        """Maps clients to the names of the workers that shall train them in a round.
 
         Local epochs copy each batch; a train function is given the rows, which it may write to.
         How stacks of clients are made up decides bits, so it must not depend on who is quick.
-        """
-        epochs = isinstance(self.local, LocalTraining) and self.stacking.on is False
-        return epochs and self._can_share
-
-    def assigned(self, clients: Sequence[str]) -> dict[str, str]:
-        """Maps clients to the names of the workers that shall train them in a round.
 
         Raises:
             WorkerLostError: No worker is left.
         """
-        homes = self.homes(clients)
+        homes, local = self.homes(clients), self.local
+        self.shares = False
+        if not isinstance(local, LocalTraining) or self.stacking.on is not False:
+            return homes
+        self.shares = self._sharing.open(tuple(self.data.holdings().values()))
         if not self.shares:
             return homes
-        assert isinstance(self.local, LocalTraining)
-        self._sharing.learn(tuple(self.data.holdings().values()))  # while all are idle
         sizes = self.data.sizes
-        costs = {client: 1.0 + self.local.steps(sizes[client]) for client in clients}
+        costs = {client: 1.0 + local.steps(sizes[client]) for client in clients}
         return balanced(homes, costs, self.alive(), self._at_once())
 
     def _at_once(self) -> int:
@@ -179,7 +180,7 @@ class Crew:
         worker = self.data.cluster[name]
         holdings = self._holdings_of(name)
         member = self._members.get(name)
-        if member is None or member.worker is not worker or member.holdings != holdings:
+        if member is None or member.worker is not worker or not member.has(holdings):
             trail = Trail()
             member = _Member(self._make(worker, holdings, trail), worker, holdings, trail)
             self._members[name] = member

@@ -6,9 +6,11 @@ takes clients from another one's queue.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fedproc.client.work import Span
+from fedproc.errors import FedprocError, WorkerLostError
 from fedproc.federated.passing import Promise, take_all
 from fedproc.remote.calls import fold
 from fedproc.remote.moving import attach
@@ -21,33 +23,64 @@ if TYPE_CHECKING:
     from fedproc.federated.holding import Block, Holding
     from fedproc.remote.worker import Worker
 
+_log = logging.getLogger("fedproc")
+
 
 class Sharing:
-    """Knows where the rows lie that workers tell each other of; each is asked once."""
+    """Whether the workers of a cluster read each other's rows, and where these lie."""
 
-    def __init__(self) -> None:
-        """Knows nothing yet."""
+    def __init__(self, cluster: Cluster, *, allowed: bool) -> None:
+        """Asks nobody yet.
+
+        Args:
+            cluster: Only processes on the CPU that run whatever they are sent can share.
+            allowed: Whether these rows may be shared.
+        """
+        workers = cluster.workers
+        self._is_possible = (
+            allowed
+            and cluster.transport == "process"
+            and len(workers) > 1
+            and all(str(w.device) == "cpu" and w.link.registered is None for w in workers)
+        )
         self._places: dict[Block, Sequence[Elsewhere]] = {}
-        self._known: tuple[Holding, ...] = ()
+        self._open: tuple[Holding, ...] = ()
+
+    def open(self, holdings: tuple[Holding, ...]) -> bool:
+        """Lets the workers read each other's rows in the round that begins; whether they can.
+
+        Not while one of them still has something to do: that may write to rows, which another
+        worker would read too early, and nobody else shall wait for it.
+        """
+        links = [held.worker.link for held in holdings]
+        if not self._is_possible or any(link.done() < link.outbox.last for link in links):
+            return False
+        if holdings == self._open:
+            return True
+        try:
+            self._learn(holdings)
+            for held in holdings:
+                for other in holdings:
+                    if other is not held:
+                        attach(held.worker.link, other.worker.link)
+        except WorkerLostError:  # the round will notice
+            return False
+        except (FedprocError, OSError) as error:
+            self._is_possible = False
+            _log.warning("workers train the clients whose rows they hold only: %s", str(error))
+            return False
+        self._open = holdings
+        return True
 
     def rows_for(
-        self, worker: Worker, holdings: tuple[Holding, ...]
+        self, worker: Worker, holdings: Sequence[Holding]
     ) -> tuple[list[tuple[Any, Any]], dict[str, Span]]:
         """Returns blocks and spans of which a trainer in ``worker`` is made.
 
         Args:
             worker: Reads its own rows, and those of the other holdings where they lie.
-            holdings: Of which it is to have the rows.
-
-        Raises:
-            RemoteError: It cannot map the memory of another worker.
-            WorkerLostError: One of them has ended.
+            holdings: Of which it is to have the rows; if there are others, as in ``open``.
         """
-        others = [held for held in holdings if held.worker is not worker]
-        if others:
-            self.learn(holdings)
-        for held in others:
-            attach(held.worker.link, worker.link)
         blocks: list[tuple[Any, Any]] = []
         spans: dict[str, Span] = {}
         for held in holdings:
@@ -58,32 +91,16 @@ class Sharing:
                 blocks.append((x, y))
         return blocks, spans
 
-    def learn(self, holdings: tuple[Holding, ...]) -> None:
-        """Asks where rows lie, of whoever was not asked; workers answer when they are idle.
-
-        Raises:
-            WorkerLostError: One of them has ended.
-        """
-        if holdings == self._known:
-            return
+    def _learn(self, holdings: Sequence[Holding]) -> None:
+        """Asks where rows lie, of whoever was not asked; forgets blocks that are gone."""
         known = self._places
-        blocks = {block: held.worker for held in holdings for block in held.blocks}
+        blocks = {block: held.worker.link for held in holdings for block in held.blocks}
         self._places = {block: known[block] for block in blocks if block in known}
         new = [block for block in blocks if block not in known]
-        # a call that the aggregator asks for: others would wait for the updates on their way
-        asked = [_ask(blocks[block].link.arena_name, block) for block in new]
+        asked = [_ask(blocks[block].arena_name, block) for block in new]
         self._places.update(zip(new, take_all(asked), strict=True))
-        self._known = holdings
 
 
 def _ask(arena: str, block: Block) -> Promise:
     name = "fedproc.client.elsewhere.places_of"
     return Promise(*fold(name, (arena, block.x, block.y), what="places_of"))
-
-
-def can_share(cluster: Cluster) -> bool:
-    """Tells whether the workers can read each other's memory: on the CPU, and allowed to."""
-    workers = cluster.workers
-    return len(workers) > 1 and all(
-        str(worker.device) == "cpu" and worker.link.registered is None for worker in workers
-    )

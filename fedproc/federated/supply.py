@@ -35,7 +35,6 @@ class Supply:
 
     Attributes:
         together: Whether clients take one step each, of which only the mean is wanted.
-        shares: Whether a worker that is done may take clients from another one's queue.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Supply:
         self._nbytes = nbytes
         self._blocks = max(_WINDOW_LEAST, _WINDOW_BYTES // max(1, nbytes))
         self.together = False
-        self.shares = crew.shares
 
     def ask(self, name: str, deadline: Deadline) -> None:
         """Finds out whether one step can be taken for many clients; a worker is asked once."""
@@ -74,13 +72,13 @@ class Supply:
         """Whether a worker may have more; one with nothing to do always may."""
         if not lane.batches:
             return True
-        if self.shares and lane.is_ahead(_BATCHES_AHEAD):
+        if self._crew.shares and lane.is_ahead(_BATCHES_AHEAD):
             return False
         return lane.on_the_way < _WINDOW_MOST and lane.blocks < self._blocks
 
     def spared(self, lane: Lane, lanes: Collection[Lane]) -> list[str]:
         """Takes every second client of the longest queue, for a worker that has nothing to do."""
-        if not self.shares or lane.unfinished():
+        if not self._crew.shares or lane.unfinished():
             return []
         longest = max(lanes, key=lambda other: len(other.queue))
         clients = list(longest.queue)
@@ -92,7 +90,7 @@ class Supply:
 
         That is the last but one of each: while the last is trained there is time for it.
         """
-        if not self.shares or not any(lane.queue for lane in lanes):
+        if not self._crew.shares or not any(lane.queue for lane in lanes):
             return []
         return [batch.promise for lane in lanes for batch in lane.unfinished()[-2:][:1]]
 
@@ -119,7 +117,7 @@ class Supply:
             size = 1  # so that as many as possible are done in time
         else:
             size = self._crew.pace.batch_size(self._nbytes)
-            if self.shares and len(lane.queue) > self._crew.pace.clients_in(_LEAST_SECONDS):
+            if self._crew.shares and len(lane.queue) > self._crew.pace.clients_in(_LEAST_SECONDS):
                 size = min(size, -(-len(lane.queue) // 2))  # the rest is for whoever is quick
         clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
         if stacking.on:

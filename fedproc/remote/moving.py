@@ -120,38 +120,43 @@ def _answer(source: Link, target: Link, number: int, attaching: int, *, kept: bo
     except BaseException:
         if not kept:
             target.trash.append(number)
-        if target.failures.failed(attaching):
-            target.attached.discard(source.arena_name)
-            target.failures.raise_for(attaching)
+        _require_attached(source, target, attaching)
         raise
 
 
 def _attach(source: Link, target: Link) -> int:
     """Let ``target`` map the arena of ``source``, once per pair; number of the command, or 0."""
-    if source.arena_name in target.attached:
-        return 0
-    assert source.mapped is not None
-    socket.send_fds(target.side, [b"a"], [source.mapped.fd])
-    size = source.mapped.size_bytes
-    number = target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
-    target.attached.add(source.arena_name)
-    return number
+    # Descriptors and commands go by two ways: two threads at once would swap arenas.
+    with target.outbox.lock:
+        if source.arena_name in target.attached:
+            return 0
+        assert source.mapped is not None
+        socket.send_fds(target.side, [b"a"], [source.mapped.fd])
+        size = source.mapped.size_bytes
+        number = target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
+        target.attached.add(source.arena_name)
+        return number
 
 
 def attach(source: Link, target: Link) -> None:
     """Let ``target`` map the arena of ``source``, and wait until it has.
 
     Raises:
-        RemoteError: it cannot, for lack of descriptors for instance.
+        OSError: it cannot, for lack of descriptors for instance.
         WorkerLostError: one of them has ended.
     """
     source.check()
     number = _attach(source, target)
     if number:
         target.wait(number, None, "attach")
-        if target.failures.failed(number):
-            target.attached.discard(source.arena_name)
-            target.failures.raise_for(number)
+        _require_attached(source, target, number)
+
+
+def _require_attached(source: Link, target: Link, attaching: int) -> None:
+    """Raise what made command ``attaching`` fail, if it did; the next one tries again."""
+    if target.failures.failed(attaching):
+        target.attached.discard(source.arena_name)
+        target.failures.raise_for(attaching)
 
 
 def warn_cut(what: str) -> None:
