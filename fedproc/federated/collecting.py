@@ -64,7 +64,6 @@ class Collector:
         self._retries = rules.retries
         self._deadline = Deadline(rules.deadline)
         self._meanwhile = meanwhile
-        self._is_supplied = False
         self._losses = dict.fromkeys(tasks, 0)
         self._arrived: dict[str, Update | FedprocError] = {}
         self._seen: dict[str, Batch] = {}  # of updates that are read where they are
@@ -116,9 +115,8 @@ class Collector:
                 return
             try:
                 self._submit()
-                if not self._is_supplied:
-                    self._is_supplied = True
-                    self._meanwhile()
+                meanwhile, self._meanwhile = self._meanwhile, lambda: None
+                meanwhile()
                 self._fetch_or_wait(self._lanes[self._homes[client]])
             except WorkerLostError as error:
                 self._recover(error.worker or self._homes[client], error)
@@ -236,18 +234,26 @@ class Collector:
         """Gives the clients of a lost worker to its replacement or to the others."""
         lane = self._lanes.pop(name, Lane())
         suspects = self._suspects(name, lane)
-        lost = lane.abandon()
+        lane.abandon()
         for suspect in suspects:
             self._losses[suspect] += 1
             if self._losses[suspect] > self._retries:
                 self._settle(suspect, error)
         self._drain()
-        left = [client for client in lost if client in self._open]
+        left = self._unsubmitted()
         if self._crew.restored():
             self._enqueue(left)
         else:
             for client in left:
                 self._settle(client, error)
+
+    def _unsubmitted(self) -> list[str]:
+        """Empties all queues, since it has changed who can train whom; returns who is to train."""
+        submitted = set[str]()
+        for lane in self._lanes.values():  # there is one if another worker was lost, too
+            lane.queue.clear()
+            submitted.update(client for batch in lane.batches for client in batch.clients)
+        return [c for c in self._tasks if c in self._open and c not in submitted]
 
     def _suspects(self, name: str, lane: Lane) -> list[str]:
         """Returns who was training; the first not known to have finished, in doubt."""
@@ -289,12 +295,7 @@ class Collector:
         self._crew.restored()
 
     def _enqueue(self, clients: list[str]) -> None:
-        """Puts clients into the queues of their workers, at their places in the cohort."""
+        """Puts clients, in cohort order, into the empty queues of their workers."""
         self._homes.update(self._crew.assigned(clients))
         for client in clients:
-            lane = self._lanes.get(self._homes[client])
-            if lane is None:
-                lane = self._lanes[self._homes[client]] = Lane()
-            lane.queue.append(client)
-        for lane in self._lanes.values():
-            lane.queue = deque(sorted(lane.queue, key=lambda client: self._tasks[client].place))
+            self._lanes.setdefault(self._homes[client], Lane()).queue.append(client)

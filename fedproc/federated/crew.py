@@ -21,6 +21,7 @@ from fedproc.federated.balancing import balanced
 from fedproc.federated.fingerprint import fingerprint
 from fedproc.federated.global_model import GlobalModel
 from fedproc.federated.lane import Pace
+from fedproc.federated.passing import make_there
 from fedproc.federated.sharing import Sharing
 from fedproc.federated.stacking import Stacking
 from fedproc.memory.pages import usable_cores
@@ -209,10 +210,10 @@ class Crew:
 
     def _holdings_of(self, name: str) -> tuple[Holding, ...]:
         """Lists whose rows a trainer has: those of its worker, or of all."""
-        holdings = self.data.holdings()
-        if self.shares:
-            return tuple(holdings.values())
-        return (holdings[name],) if name in holdings else ()
+        own, opened = self.data.holdings().get(name), self._sharing.opened
+        if self.shares and own in opened:
+            return opened
+        return () if own is None else (own,)
 
     def _make(self, worker: Worker, holdings: tuple[Holding, ...], trail: Trail) -> Any:
         threads = training_threads(self.data.cluster)
@@ -227,7 +228,7 @@ class Crew:
         plan = worker.send(work)
         # whoever has it made, an evaluation in inference mode for instance, others train with it
         with torch.inference_mode(mode=False), torch.enable_grad():
-            return worker.run(self._trainer, model, plan, blocks, spans, trail.path)
+            return make_there(worker, self._trainer, model, plan, blocks, spans, trail.path)
 
 
 def copied(model: nn.Module) -> GlobalModel:

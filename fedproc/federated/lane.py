@@ -103,18 +103,12 @@ class Lane:
         self.on_the_way -= len(batch.clients)
         self.blocks -= batch.blocks
 
-    def abandon(self) -> list[str]:
-        """Gives up all batches.
-
-        Returns:
-            All clients of the lane.
-        """
-        submitted = [client for batch in self.batches for client in batch.clients]
+    def abandon(self) -> None:
+        """Gives up all batches."""
         for batch in self.batches:
             batch.abandon()
         self.batches.clear()
         self.on_the_way = self.blocks = 0
-        return [*submitted, *self.queue]
 
 
 def missed(task: Task, seconds: float | None, *, training: bool) -> CommandTimeoutError:

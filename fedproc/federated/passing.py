@@ -16,7 +16,9 @@ from fedproc.errors import FedprocError
 from fedproc.memory.copying import fresh
 from fedproc.memory.lending import room_in
 from fedproc.remote import lending, reading
-from fedproc.remote.calls import fold
+from fedproc.remote.calls import fold, run_there
+from fedproc.remote.encode import sent_as
+from fedproc.remote.pointer import KINDS
 from fedproc.remote.worker import put
 
 if TYPE_CHECKING:
@@ -75,6 +77,16 @@ def send_along(worker: Worker, value: Any) -> Any:
     An idle worker that got the two one by one would be woken for each.
     """
     return put(worker.link, value, what="send", more=True)
+
+
+def make_there(worker: Worker, kind: type[Any], *args: Any) -> Any:
+    """Makes an object in a worker: a pointer, at once; it must write to nothing but itself.
+
+    So it does not wait for those who read there. Two aggregators in two threads, each of which has
+    updates to read in one worker and waits for a trainer in the other one's, would wait for ever.
+    """
+    function, what = sent_as(kind)
+    return run_there(KINDS["object"], function, args, what=what, link=worker.link, writes=False)
 
 
 def call_there(trainer: Any, method: str, *args: Any) -> Promise:

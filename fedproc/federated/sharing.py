@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from fedproc.client.elsewhere import Elsewhere
     from fedproc.cluster.cluster import Cluster
     from fedproc.federated.holding import Block, Holding
+    from fedproc.remote.link import Link
     from fedproc.remote.worker import Worker
 
 _log = logging.getLogger("fedproc")
 
 
 class Sharing:
-    """Whether the workers of a cluster read each other's rows, and where these lie."""
+    """Whether the workers of a cluster read each other's rows, and where these lie.
+
+    Attributes:
+        opened: The holdings whose rows all their workers can read.
+    """
 
     def __init__(self, cluster: Cluster, *, allowed: bool) -> None:
         """Asks nobody yet.
@@ -44,7 +49,7 @@ class Sharing:
             and all(str(w.device) == "cpu" and w.link.registered is None for w in workers)
         )
         self._places: dict[Block, Sequence[Elsewhere]] = {}
-        self._open: tuple[Holding, ...] = ()
+        self.opened: tuple[Holding, ...] = ()
 
     def open(self, holdings: tuple[Holding, ...]) -> bool:
         """Lets the workers read each other's rows in the round that begins; whether they can.
@@ -52,10 +57,9 @@ class Sharing:
         Not while one of them still has something to do: that may write to rows, which another
         worker would read too early, and nobody else shall wait for it.
         """
-        links = [held.worker.link for held in holdings]
-        if not self._is_possible or any(link.done() < link.outbox.last for link in links):
+        if not self._is_possible or not all(_is_idle(held.worker.link) for held in holdings):
             return False
-        if holdings == self._open:
+        if holdings == self.opened:
             return True
         try:
             self._learn(holdings)
@@ -67,9 +71,10 @@ class Sharing:
             return False
         except (FedprocError, OSError) as error:
             self._is_possible = False
-            _log.warning("workers train the clients whose rows they hold only: %s", str(error))
+            why = str(error).partition("\n")[0]
+            _log.warning("each worker trains only the clients whose rows it holds: %s", why)
             return False
-        self._open = holdings
+        self.opened = holdings
         return True
 
     def rows_for(
@@ -79,7 +84,7 @@ class Sharing:
 
         Args:
             worker: Reads its own rows, and those of the other holdings where they lie.
-            holdings: Of which it is to have the rows; if there are others, as in ``open``.
+            holdings: Of which it is to have the rows: its own only, or those that are opened.
         """
         blocks: list[tuple[Any, Any]] = []
         spans: dict[str, Span] = {}
@@ -87,7 +92,8 @@ class Sharing:
             for client, span in held.spans().items():
                 spans[client] = Span(len(blocks) + span.block, span.start, span.stop)
             for block in held.blocks:
-                x, y = (block.x, block.y) if held.worker is worker else self._places[block]
+                own = held.worker.name == worker.name  # or its predecessor's, which is an error
+                x, y = (block.x, block.y) if own else self._places[block]
                 blocks.append((x, y))
         return blocks, spans
 
@@ -99,6 +105,10 @@ class Sharing:
         new = [block for block in blocks if block not in known]
         asked = [_ask(blocks[block].arena_name, block) for block in new]
         self._places.update(zip(new, take_all(asked), strict=True))
+
+
+def _is_idle(link: Link) -> bool:
+    return link.end is None and link.done() >= link.outbox.last
 
 
 def _ask(arena: str, block: Block) -> Promise:
