@@ -202,11 +202,10 @@ class Collector:
 
     def _see_all(self) -> None:
         """Takes what is on its way: others refuse for the same reason, and it is told once."""
-        for batch in [batch for lane in self._lanes.values() for batch in lane.batches]:
-            if not batch.spent:
-                batch.spent = True
-                with contextlib.suppress(FedprocError):
-                    take(batch.promise, self._deadline.left())
+        for batch in [b for lane in self._lanes.values() for b in lane.batches if not b.spent]:
+            batch.spent = True
+            with contextlib.suppress(FedprocError):
+                take(batch.promise, self._deadline.left())
 
     def _unpack(self, lane: Lane, batch: Batch, result: Updates) -> None:
         """Takes several updates apart; what made a client fail is asked for by itself."""
