@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # over quick clients, and slow ones still go one by one.
 _BATCH_SECONDS: Final = 0.030
 _BATCH_MOST: Final = 32
+# Clients that train for less time together are not split between workers.
+_SHARED_SECONDS: Final = 0.015
 _BATCH_BYTES: Final = 8 << 20
 
 
@@ -137,11 +139,12 @@ class Pace:
         if self._seconds is None:
             return 1
         fitting = _BATCH_BYTES // max(1, nbytes)
-        return max(1, min(_BATCH_MOST, fitting, self.clients_in(_BATCH_SECONDS)))
+        in_time = int(_BATCH_SECONDS / self._seconds)
+        return max(1, min(_BATCH_MOST, fitting, in_time))
 
-    def clients_in(self, seconds: float) -> int:
-        """Returns how many clients train in that time, one after the other."""
-        return 0 if self._seconds is None else int(seconds / self._seconds)
+    def are_many(self, clients: int) -> bool:
+        """Whether so many clients train for longer than one command is worth."""
+        return self._seconds is not None and clients * self._seconds > _SHARED_SECONDS
 
 
 class Deadline:

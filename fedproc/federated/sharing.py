@@ -7,10 +7,11 @@ takes clients from another one's queue.
 from __future__ import annotations
 
 import logging
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from fedproc.client.work import Span
-from fedproc.errors import FedprocError, WorkerLostError
+from fedproc.errors import FedprocError, ObjectGoneError, WorkerLostError
 from fedproc.federated.passing import Promise, take_all
 from fedproc.remote.calls import fold
 from fedproc.remote.moving import attach
@@ -59,15 +60,14 @@ class Sharing:
         """
         if not self._is_possible or not all(_is_idle(held.worker.link) for held in holdings):
             return False
-        if holdings == self.opened:
-            return True
         try:
-            self._learn(holdings)
             for held in holdings:
-                for other in holdings:
-                    if other is not held:
-                        attach(held.worker.link, other.worker.link)
-        except WorkerLostError:  # the round will notice
+                held.blocks[0].x.done()  # it is gone if the worker was cleared
+            if holdings != self.opened:
+                self._learn(holdings)
+                for held, other in permutations(holdings, 2):
+                    attach(held.worker.link, other.worker.link)
+        except (WorkerLostError, ObjectGoneError):  # the round will notice
             return False
         except (FedprocError, OSError) as error:
             self._is_possible = False

@@ -26,8 +26,6 @@ _WINDOW_MOST: Final = 256
 # Batches that a worker has at a time where others may take its clients over: one that it trains,
 # one that lies ready.
 _BATCHES_AHEAD: Final = 2
-# Clients that train for so long together are not worth more than one command.
-_LEAST_SECONDS: Final = 0.015
 
 
 class Supply:
@@ -117,7 +115,7 @@ class Supply:
             size = 1  # so that as many as possible are done in time
         else:
             size = self._crew.pace.batch_size(self._nbytes)
-            if self._crew.shares and len(lane.queue) > self._crew.pace.clients_in(_LEAST_SECONDS):
+            if self._crew.shares and self._crew.pace.are_many(len(lane.queue)):
                 size = min(size, -(-len(lane.queue) // 2))  # the rest is for whoever is quick
         clients = [lane.queue[place] for place in range(min(size, len(lane.queue)))]
         if stacking.on:
