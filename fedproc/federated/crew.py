@@ -97,6 +97,8 @@ class Crew:
         allowed = trainer is Trainer and data.is_readable
         self._sharing = Sharing(data.cluster, allowed=allowed)
         self.shares = False
+        # more workers than cores only take turns; asking the system takes 0.1 ms
+        self._at_once = max(1, usable_cores() // (training_threads(data.cluster) or 1))
         self.pace = Pace()
         self.stacking = Stacking.of(vectorize, model.module, local, rule)
 
@@ -131,11 +133,7 @@ class Crew:
             return homes
         sizes = self.data.sizes
         costs = {client: 1.0 + local.steps(sizes[client]) for client in clients}
-        return balanced(homes, costs, self.alive(), self._at_once())
-
-    def _at_once(self) -> int:
-        """Returns how many workers train at the same time: more than cores only take turns."""
-        return max(1, usable_cores() // (training_threads(self.data.cluster) or 1))
+        return balanced(homes, costs, self.alive(), self._at_once)
 
     def last_step(self, name: str) -> int:
         """Returns the place in the cohort of who trains on a worker, also after its end."""

@@ -45,6 +45,7 @@ class FederatedDataset:
         cluster: The cluster that holds the rows.
         clients: Names of the clients, in the order in which updates are added up.
         sizes: Client -> rows.
+        is_readable: Whether every worker may read all rows: public ones, sent from the parent.
     """
 
     def __init__(
@@ -112,8 +113,7 @@ class FederatedDataset:
         # a factory tells its size when it has run
         self._sizes = {c: len(s) if isinstance(s, RowsSource) else 1 for c, s in sources.items()}
         self._private = private
-        made_there = any(isinstance(source, FactorySource) for source in sources.values())
-        self._is_readable = not (private or made_there)
+        self.is_readable = not private and all(isinstance(s, RowsSource) for s in sources.values())
         self._holdings: dict[str, Holding] = {}
         self._blocks: dict[str, Block] = {}
         self._homes: dict[str, str] = {}
@@ -128,11 +128,6 @@ class FederatedDataset:
     def private(self) -> bool:
         """Whether the rows may not leave their workers."""
         return self._private
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether every worker may read all rows: they are public, and were sent from here."""
-        return self._is_readable
 
     def __len__(self) -> int:
         """Returns the number of rows of all clients."""
@@ -239,18 +234,15 @@ class FederatedDataset:
 
     def _holding(self, client: str) -> Holding:
         """Returns what the worker of a client holds; a lost worker's clients move first."""
-        self._require(client)
+        if client not in self._sizes:
+            raise KeyError(
+                f"no client {client!r}; there are {len(self.clients)}: {self.clients[:5]!r}…"
+            )
         holding = self._holdings.get(self._homes[client])
         if holding is None or not holding.worker.alive:
             self.restore()
             holding = self._holdings[self._homes[client]]
         return holding
-
-    def _require(self, client: str) -> None:
-        if client not in self._sizes:
-            raise KeyError(
-                f"no client {client!r}; there are {len(self.clients)}: {self.clients[:5]!r}…"
-            )
 
 
 def federate(

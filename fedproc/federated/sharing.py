@@ -56,9 +56,10 @@ class Sharing:
         """Lets the workers read each other's rows in the round that begins; whether they can.
 
         Not while one of them still has something to do: that may write to rows, which another
-        worker would read too early, and nobody else shall wait for it.
+        worker would read too early, and nobody else shall wait for it. Nor when one has anything
+        private, which may have been written to rows.
         """
-        if not self._is_possible or not all(_is_idle(held.worker.link) for held in holdings):
+        if not self._is_possible or not all(_is_open(held.worker.link) for held in holdings):
             return False
         try:
             for held in holdings:
@@ -107,8 +108,12 @@ class Sharing:
         self._places.update(zip(new, take_all(asked), strict=True))
 
 
-def _is_idle(link: Link) -> bool:
-    return link.end is None and link.done() >= link.outbox.last
+def _is_open(link: Link) -> bool:
+    """Whether nothing that was asked of a worker is left to do, and nothing there is private."""
+    if link.end is not None or link.keeps_private:
+        return False
+    done, last = link.done(), link.outbox.last
+    return done >= last or not link.inbox.unfinished(done, last)
 
 
 def _ask(arena: str, block: Block) -> Promise:

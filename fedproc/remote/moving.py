@@ -10,6 +10,7 @@ import socket
 import warnings
 from typing import Any
 
+from fedproc.memory.undisturbed import undisturbed
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
 from fedproc.remote.lending import free_to_write, give_back, lend
@@ -126,14 +127,17 @@ def _answer(source: Link, target: Link, number: int, attaching: int, *, kept: bo
 
 def _attach(source: Link, target: Link) -> int:
     """Let ``target`` map the arena of ``source``, once per pair; number of the command, or 0."""
-    # Descriptors and commands go by two ways: two threads at once would swap arenas.
-    with target.outbox.lock:
+    if source.arena_name in target.attached:
+        return 0
+    assert source.mapped is not None
+    record = commands.Attach(source.arena_name, source.mapped.size_bytes)
+    # Descriptors carry no name: they must come in the order of the commands, one for each. What
+    # another thread, or Ctrl-C, put in between would map the memory of one worker as another's.
+    with undisturbed(), target.outbox.lock:
         if source.arena_name in target.attached:
             return 0
-        assert source.mapped is not None
+        number = target.submit(plain(record, "move"), caller(), urgent=True)
         socket.send_fds(target.side, [b"a"], [source.mapped.fd])
-        size = source.mapped.size_bytes
-        number = target.submit(plain(commands.Attach(source.arena_name, size), "move"), caller())
         target.attached.add(source.arena_name)
         return number
 
