@@ -12,6 +12,7 @@ from torch import nn
 
 import fedproc as fp
 from fedproc.client.trainer import Trainer
+from tests.federated import sharing_worlds as there
 
 LOCAL = fp.LocalTraining(nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1))
 
@@ -83,10 +84,27 @@ def test_a_worker_without_descriptors_trains_its_own_clients(expected):
     assert bits(found.model) == expected
 
 
-def test_rows_of_a_worker_that_was_cleared_are_not_read():
+@pytest.mark.parametrize("cleared", [0, 1])
+def test_rows_of_a_worker_that_was_cleared_are_not_read(monkeypatch, cleared):
+    there.many_cores(monkeypatch, 1)  # one of the two trains all clients
     with fp.Cluster(2) as cluster:
         found = aggregator(fp.FederatedDataset(shards(), cluster))
         found.run(1)
-        cluster.workers[0].clear()
-        with pytest.raises(fp.ObjectGoneError, match="worker 'worker-0' was cleared"):
+        cluster.workers[cleared].clear()
+        with pytest.raises(fp.ObjectGoneError, match=f"worker 'worker-{cleared}' was cleared"):
             found.run(1)
+
+
+def test_clients_stay_at_home_once_there_is_something_private(tmp_path, monkeypatch):
+    there.many_cores(monkeypatch, 1)
+    with fp.Cluster(2) as cluster:
+        data = fp.FederatedDataset(there.shards(there.UNEVEN), cluster)
+        homes = {data.sizes[client]: data.worker_of(client).pid for client in data.clients}
+        for folder, count in ("before", 1), ("after", 2):
+            loss = there.noting(tmp_path / folder)
+            fp.Aggregator(there.dropout_net(), data, there.whole(loss)).run(1)
+            found = loss.trained_by()
+            assert len(set(found.values())) == count
+            secret = cluster.workers[1].send(torch.zeros(1), private=True)
+        assert found == homes
+        del secret
