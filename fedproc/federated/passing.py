@@ -1,6 +1,6 @@
 """How an update reaches the parent: asked for when the training is, taken when its turn comes.
 
-Runs in the parent. The only part of the federated layer that goes below pointers. A worker
+Runs in the parent. Only this and ``sharing`` of the federated layer go below pointers. A worker
 executes in order, so a fetch that is sent when the update is wanted would wait for all clients
 that were queued meanwhile. Here the command that trains asks for the update, too: the worker
 answers as soon as it has it, and the parent takes it when the fold gets there.

@@ -54,7 +54,8 @@ def test_the_next_command_works(work, interrupts):
         x, count = bob.send(torch.zeros(50_000)), bob.send(torch.zeros(1))
         end = time.monotonic() + 3
         interrupted = 0
-        while interrupted < 60 and time.monotonic() < end:
+        # a machine that is busy with other tests may not come to four in that time
+        while interrupted < 4 or (interrupted < 60 and time.monotonic() < end):
             interrupted += interrupts.interrupt(
                 moments.uniform(0.0002, 0.003), lambda: _for_ever(work, bob, x, count), 0.02
             )
@@ -62,7 +63,6 @@ def test_the_next_command_works(work, interrupts):
             before = count.fetch(timeout=20).item()
             count.add_(1)
             assert count.fetch(timeout=20).item() == before + 1
-        assert interrupted > 3
 
 
 def test_starting_can_be_interrupted(interrupts):
