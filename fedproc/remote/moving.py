@@ -127,8 +127,6 @@ def _answer(source: Link, target: Link, number: int, attaching: int, *, kept: bo
 
 def _attach(source: Link, target: Link) -> int:
     """Let ``target`` map the arena of ``source``, once per pair; number of the command, or 0."""
-    if source.arena_name in target.attached:
-        return 0
     assert source.mapped is not None
     record = commands.Attach(source.arena_name, source.mapped.size_bytes)
     # Descriptors carry no name: they must come in the order of the commands, one for each. What

@@ -25,16 +25,8 @@ from tests.federated.worlds import (
     shards,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [30, 7, 18, 1, 40, 12]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracle trains as clients do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["inline-2", "process-1", "process-2", "process-3"])

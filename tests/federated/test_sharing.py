@@ -1,7 +1,6 @@
 """Rounds that any worker may train: the same bits, whoever trains, and who may."""
 
 import functools
-import itertools
 import operator
 import os
 from pathlib import Path
@@ -18,22 +17,13 @@ from fedproc.federated.data import FederatedDataset, federate
 from fedproc.federated.partition import Dirichlet
 from fedproc.federated.secure_aggregation import SecureAggregation
 from fedproc.federated.strategies import FedAvg, FedProx, Scaffold
-from fedproc.remote.moving import attach
 from tests.federated import sharing_worlds as there
 from tests.federated.oracle import sequential_fedavg
 from tests.federated.worlds import bits, cross_entropy, dropout_net, linear, sgd, shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOCAL = LocalTraining(cross_entropy, sgd, epochs=2, batch_size=8)
 NAMES = "abcdefghijklmnopqrstuvwxyz"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracle trains as clients do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["inline-3", "process-1", "process-2", "process-4"])
@@ -41,8 +31,6 @@ def anywhere(request):
     """Clusters that must all give the same result."""
     transport, count = request.param.split("-")
     with Cluster(int(count), transport=transport) as cluster:
-        for source, target in itertools.permutations(cluster, 2):
-            attach(source.link, target.link)  # for its life: no single test is blamed for it
         yield cluster
 
 
