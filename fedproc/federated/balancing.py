@@ -21,22 +21,23 @@ def balanced(
         homes: Client -> the worker that holds its rows, one of ``workers``.
         costs: Client -> how long it trains, in any unit, above 0.
         workers: Names of all that could train.
-        most: How many may be used, at least 1: those whose own clients take longest.
+        most: How many may be used, at least 1: the first of them in every round, since who trained
+            in the round before is quicker: code and model are in its caches.
 
     Returns:
         Client -> the worker that trains it, in the order of ``homes``.
     """
-    loads = dict.fromkeys(workers, 0.0)
+    loads = dict.fromkeys(workers[:most], 0.0)
+    homeless = []
     for client, home in homes.items():
-        loads[home] += costs[client]
+        if home in loads:
+            loads[home] += costs[client]
+        else:
+            homeless.append(client)
     found = dict(homes)
-    if most < len(workers):
-        used = set(sorted(workers, key=loads.__getitem__, reverse=True)[:most])
-        loads = {name: load for name, load in loads.items() if name in used}
-        homeless = [client for client, home in homes.items() if home not in used]
-        for client in sorted(homeless, key=costs.__getitem__, reverse=True):
-            found[client] = least = min(loads, key=loads.__getitem__)
-            loads[least] += costs[client]
+    for client in sorted(homeless, key=costs.__getitem__, reverse=True):
+        found[client] = least = min(loads, key=loads.__getitem__)
+        loads[least] += costs[client]
     if not _are_even(loads):
         _even_out(found, costs, loads)
     return found

@@ -38,8 +38,9 @@ def spread(costs, homes, most=4, workers=WORKERS):
         ([1, 1, 1, 1], "0000", 1, "0000"),
         ([5, 1], "00", 4, "01"),
         ([5, 1], "03", 1, "00"),
-        ([1, 5], "03", 1, "33"),
-        ([1, 5, 1], "023", 2, "020"),
+        ([1, 5], "03", 1, "00"),
+        ([1, 5, 1], "023", 2, "010"),
+        ([1, 1, 1, 1], "2323", 2, "0101"),
     ],
 )
 def test_small_cases(costs, homes, most, found):
@@ -87,12 +88,11 @@ def rounds(draw):
 
 
 @hypothesis.given(rounds())
-def test_every_client_is_trained_once_by_few_enough_workers(arguments):
+def test_every_client_is_trained_once_by_one_of_the_first_workers(arguments):
     homes, _, workers, most = arguments
     found = balanced(*arguments)
     assert list(found) == list(homes)
-    assert set(found.values()) <= set(workers)
-    assert len(set(found.values())) <= most
+    assert set(found.values()) <= set(workers[:most])
 
 
 @hypothesis.given(rounds())
