@@ -12,17 +12,21 @@
 
 /* Objects of the package, given once by fedproc/remote/flat.py. */
 #define GIVEN(X) \
-    X(pointer_types) X(handle_class) X(site_class) X(channel_class) X(set_handle) X(set_owner) \
-    X(set_chain) X(kept_names) X(known_files) X(is_ours) X(get_frame) X(is_grad_enabled) \
+    X(pointer_types) X(handle_class) X(site_class) X(wire_up) X(handle_slot) X(owner_slot) \
+    X(chain_slot) X(kept_names) X(known_files) X(is_ours) X(get_frame) X(is_grad_enabled) \
     X(is_any_autocast_enabled) X(get_default_dtype) X(float32)
+
+/* Objects of a link that a call touches, in the order of flat.wire_up: found once, as a search by
+ * name takes as long as what is done with what it finds. Those of one method are that method. */
+#define WIRING(X) \
+    X(outbox) X(inbox) X(hub) X(acquire) X(release) X(held) X(trash) X(popleft) X(expected) \
+    X(expect) X(reading) X(numbers) X(handles) X(frames) X(append) X(is_silent)
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(_bell) X(_frames) X(_handle) X(_held) X(_numbers) X(acquire) X(append) X(borrows) \
-    X(channel) X(end) X(executed) X(expected) X(f_lasti) X(flush) X(gone) X(handles) X(here) \
-    X(hub) X(inbox) X(last) X(link) X(lock) X(locked) X(lockstep) X(may_wait) X(number) X(oid) \
-    X(outbox) X(owner) X(popleft) X(reading) X(release) X(sending) X(submitted) X(tail) \
-    X(trash) X(writes)
+    X(end) X(executed) X(f_lasti) X(flush) X(gone) X(here) X(last) X(link) \
+    X(lockstep) X(may_wait) X(number) X(oid) X(owner) X(sending) X(submitted) X(tail) \
+    X(wiring) X(writes)
 
 #include "../wire/_compiled.h"
 #include "_body.h"
@@ -36,6 +40,11 @@ static struct {
     unsigned version, kind, keep, frees, most_frees, most_unanswered, burst;
 } wire;
 static PyObject *one, *nothing; /* nothing: () */
+static PyObject *last_site;     /* of the call before: a loop issues all of its calls at one */
+
+#define PLACE(name) at_##name,
+enum { WIRING(PLACE) parts_of_wiring };
+#define OF(call, name) PyTuple_GET_ITEM((call)->wiring, at_##name)
 
 /* ---- the body */
 
@@ -46,7 +55,7 @@ static int put_pointer(Body *body, PyObject *value, PyObject **link)
     int is_pointer = PySet_Contains(pointer_types, (PyObject *)Py_TYPE(value));
     if (is_pointer <= 0)
         return is_pointer;
-    PyObject *handle = PyObject_GetAttr(value, s__handle);
+    PyObject *handle = get_slot(handle_slot, value);
     if (handle == NULL)
         return -1;
     PyObject *gone = PyObject_GetAttr(handle, s_gone);
@@ -95,17 +104,6 @@ static int write_body(Body *body, PyObject *function, PyObject *args, PyObject *
 
 /* ---- what is asked before */
 
-/* How many there are in attribute `name`; -1: an error. */
-static Py_ssize_t size_of(PyObject *owner, PyObject *name)
-{
-    PyObject *found = PyObject_GetAttr(owner, name);
-    if (found == NULL)
-        return -1;
-    Py_ssize_t size = PyObject_Size(found);
-    Py_DECREF(found);
-    return size;
-}
-
 /* Whether nothing but the usual modes would travel with the call: see context.modes. */
 static int are_modes_usual(void)
 {
@@ -119,7 +117,7 @@ static int are_modes_usual(void)
 
 typedef struct {
     PyObject *name, *what;  /* of the function */
-    PyObject *link, *outbox, *inbox, *channel;
+    PyObject *link, *wiring;
     PyObject *expected;  /* what the inbox is told: number, site, what */
     PyObject *handle, *reference, *pointer;
     int writes;
@@ -130,9 +128,8 @@ typedef struct {
 
 static void forget(Call *call)
 {
-    PyObject *every[] = {call->name, call->what, call->link, call->outbox, call->inbox,
-                         call->channel, call->expected, call->handle, call->reference,
-                         call->pointer};
+    PyObject *every[] = {call->name,   call->what,      call->link,   call->wiring, call->expected,
+                         call->handle, call->reference, call->pointer};
     for (size_t i = 0; i < sizeof every / sizeof *every; i++)
         Py_XDECREF(every[i]);
 }
@@ -148,19 +145,16 @@ static int find_name(Call *call, PyObject *function, PyObject *what)
     }
     if (!PyFunction_Check(function) && !PyCFunction_CheckExact(function))
         return 0;
-    PyObject *kept = PyDict_GetItemWithError(kept_names, function), *module, *attribute;
+    PyObject *kept = PyDict_GetItemWithError(kept_names, function);
     if (kept == NULL)
         return PyErr_Occurred() ? -1 : 0;
-    if (!PyArg_ParseTuple(kept, "OO(OO)", &module, &attribute, &call->name, &call->what)) {
-        call->name = call->what = NULL;
-        return -1;
-    }
-    Py_INCREF(call->name);
-    Py_INCREF(call->what);
-    PyObject *loaded = loaded_module(module);
+    PyObject *names = PyTuple_GET_ITEM(kept, 2); /* kept: module, attribute, (name, what) */
+    call->name = Py_NewRef(PyTuple_GET_ITEM(names, 0));
+    call->what = Py_NewRef(PyTuple_GET_ITEM(names, 1));
+    PyObject *loaded = loaded_module(PyTuple_GET_ITEM(kept, 0));
     if (loaded == NULL)
         return PyErr_Occurred() ? -1 : 0;
-    PyObject *found = PyObject_GetAttr(loaded, attribute);
+    PyObject *found = PyObject_GetAttr(loaded, PyTuple_GET_ITEM(kept, 1));
     Py_DECREF(loaded);
     Py_XDECREF(found);
     if (found == NULL) { /* it is called so no more */
@@ -169,6 +163,24 @@ static int find_name(Call *call, PyObject *function, PyObject *what)
         PyErr_Clear();
     }
     return found == function;
+}
+
+/* The instruction that a frame is at, NULL: an error. */
+static PyObject *site_of(PyFrameObject *frame, PyCodeObject *code)
+{
+    PyObject *at = PyObject_GetAttr((PyObject *)frame, s_f_lasti);
+    long instruction = at == NULL ? -1 : PyLong_AsLong(at);
+    if (at != NULL && (last_site == NULL || PyTuple_GET_ITEM(last_site, 0) != (PyObject *)code
+                       || PyLong_AsLong(PyTuple_GET_ITEM(last_site, 1)) != instruction)) {
+        PyObject *site = allocate_tuple(site_class, 2);
+        if (site != NULL) {
+            PyTuple_SET_ITEM(site, 0, Py_NewRef((PyObject *)code));
+            PyTuple_SET_ITEM(site, 1, Py_NewRef(at));
+        }
+        Py_XSETREF(last_site, site);
+    }
+    Py_XDECREF(at);
+    return at == NULL ? NULL : Py_XNewRef(last_site);
 }
 
 /* The place in the user's code: see site.caller. NULL without an error: none. */
@@ -184,15 +196,8 @@ static PyObject *caller(void)
         ours = ours != NULL ? Py_NewRef(ours)
                : PyErr_Occurred() ? NULL
                                   : PyObject_CallOneArg(is_ours, code->co_filename);
-        if (ours == Py_False) {
-            PyObject *at = PyObject_GetAttr((PyObject *)frame, s_f_lasti);
-            site = at == NULL ? NULL : allocate_tuple(site_class, 2);
-            if (site != NULL) {
-                PyTuple_SET_ITEM(site, 0, Py_NewRef((PyObject *)code));
-                PyTuple_SET_ITEM(site, 1, Py_NewRef(at));
-            }
-            Py_XDECREF(at);
-        }
+        if (ours == Py_False)
+            site = site_of(frame, code);
         PyFrameObject *back = ours == Py_True ? PyFrame_GetBack(frame) : NULL;
         Py_XDECREF(ours);
         Py_DECREF(code);
@@ -201,30 +206,36 @@ static PyObject *caller(void)
     return site;
 }
 
-static int set_slot(PyObject *descriptor, PyObject *pointer, PyObject *value)
+/* Find the wiring of the link; 1: done, 0: it has none, -1: an error. */
+static int find_wiring(Call *call)
 {
-    return Py_TYPE(descriptor)->tp_descr_set(descriptor, pointer, value);
+    call->wiring = PyObject_GetAttr(call->link, s_wiring);
+    if (call->wiring == Py_None)
+        Py_SETREF(call->wiring, PyObject_CallOneArg(wire_up, call->link));
+    if (call->wiring == NULL)
+        return -1;
+    return PyTuple_CheckExact(call->wiring) && PyTuple_GET_SIZE(call->wiring) == parts_of_wiring;
 }
 
 /* Make all that the call needs; 1: done, 0: not usual, -1: an error. */
 static int make(Call *call, PyObject *cls)
 {
-    call->outbox = PyObject_GetAttr(call->link, s_outbox);
-    call->inbox = PyObject_GetAttr(call->link, s_inbox);
-    call->channel = PyObject_GetAttr(call->link, s_channel);
-    PyObject *site = PyErr_Occurred() ? NULL : caller();
+    int is_wired = find_wiring(call);
+    PyObject *site = is_wired > 0 ? caller() : NULL;
     if (site == NULL)
         return PyErr_Occurred() ? -1 : 0;
     call->expected = PyTuple_Pack(3, Py_None, site, call->what);
     Py_DECREF(site);
+    if (call->expected != NULL)
+        PyObject_GC_UnTrack(call->expected); /* numbers, text and code: it can be in no cycle */
     /* not allocate(): until Python 3.12 it would have a dict of its own */
     call->handle = PyBaseObject_Type.tp_new((PyTypeObject *)handle_class, nothing, NULL);
     call->reference = call->handle == NULL ? NULL : PyWeakref_NewRef(call->handle, NULL);
     call->pointer = allocate(cls, 0);
     if (call->expected == NULL || call->reference == NULL || call->pointer == NULL
         || PyObject_SetAttr(call->handle, s_link, call->link) < 0
-        || set_slot(set_handle, call->pointer, call->handle) < 0
-        || set_slot(set_chain, call->pointer, Py_None) < 0)
+        || set_slot(handle_slot, call->pointer, call->handle) < 0
+        || set_slot(chain_slot, call->pointer, Py_None) < 0)
         return -1;
     return 1;
 }
@@ -238,44 +249,34 @@ static int is_link_usual(Call *call)
     int usual = PyFloat_CheckExact(lockstep) && PyFloat_AS_DOUBLE(lockstep) == 0.0;
     Py_DECREF(lockstep);
     if (usual)
-        usual = (PyObject *)Py_TYPE(call->channel) == channel_class;
-    if (usual)
         usual = is_attribute(call->link, s_end, Py_None);
     if (usual > 0)
         usual = are_equal(call->link, s_owner, s_here);
     if (usual > 0)
-        usual = is_attribute(call->outbox, s_sending, Py_False);
-    Py_ssize_t held = usual > 0 ? size_of(call->outbox, s__held) : 0;
-    call->dropped = usual > 0 ? size_of(call->outbox, s_trash) : 0;
-    Py_ssize_t unanswered = usual > 0 ? size_of(call->inbox, s_expected) : 0;
-    Py_ssize_t reading = 0;
-    if (usual > 0 && call->writes) {
-        PyObject *borrows = PyObject_GetAttr(call->outbox, s_borrows);
-        reading = borrows == NULL ? -1 : size_of(borrows, s_reading);
-        Py_XDECREF(borrows);
-    }
-    if (usual < 0 || held < 0 || call->dropped < 0 || unanswered < 0 || reading < 0)
-        return -1;
-    return usual && held == 0 && reading == 0 && call->dropped <= (Py_ssize_t)wire.most_frees
-           && unanswered < (Py_ssize_t)wire.most_unanswered;
+        usual = is_attribute(OF(call, outbox), s_sending, Py_False);
+    if (usual <= 0)
+        return usual;
+    call->dropped = PyObject_Size(OF(call, trash));
+    return PyObject_Size(OF(call, held)) == 0
+           && (!call->writes || PyDict_GET_SIZE(OF(call, reading)) == 0)
+           && call->dropped <= (Py_ssize_t)wire.most_frees
+           && PyObject_Size(OF(call, expected)) < (Py_ssize_t)wire.most_unanswered;
 }
 
-/* Take a lock if nobody else has it. */
-static int take(PyObject *lock)
+/* Take the lock of the outbox if nobody else has it. */
+static int take(Call *call)
 {
-    PyObject *arguments[] = {lock, Py_False};
-    PyObject *taken = PyObject_VectorcallMethod(
-        s_acquire, arguments, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    PyObject *taken = PyObject_CallOneArg(OF(call, acquire), Py_False);
     Py_XDECREF(taken);
     return taken == NULL ? -1 : taken == Py_True;
 }
 
 /* Let go of it, also with an error under way: gives `done`, -1 where it could not be let go. */
-static int let_go(PyObject *lock, int done)
+static int let_go(Call *call, int done)
 {
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
-    PyObject *none = PyObject_CallMethodNoArgs(lock, s_release);
+    PyObject *none = PyObject_CallNoArgs(OF(call, release));
     Py_XDECREF(none);
     if (done < 0)
         PyErr_Restore(type, error, trace);
@@ -287,12 +288,11 @@ static int let_go(PyObject *lock, int done)
 /* The ids of dropped pointers go in front: taken out of the trash, and of the handles. */
 static int write_frees(Call *call, unsigned char *at, Py_ssize_t count)
 {
-    PyObject *trash = PyObject_GetAttr(call->outbox, s_trash);
-    PyObject *handles = PyObject_GetAttr(call->outbox, s_handles);
-    int done = trash != NULL && handles != NULL ? 0 : -1;
+    PyObject *handles = OF(call, handles);
+    int done = 0;
     write_number(at, (uint64_t)count, 2);
     for (at += 2; count > 0 && done == 0; count--, at += 8) {
-        PyObject *oid = PyObject_CallMethodNoArgs(trash, s_popleft);
+        PyObject *oid = PyObject_CallNoArgs(OF(call, popleft));
         if (oid == NULL) {
             done = -1;
             break;
@@ -303,8 +303,6 @@ static int write_frees(Call *call, unsigned char *at, Py_ssize_t count)
             done = -1;
         Py_DECREF(oid);
     }
-    Py_XDECREF(trash);
-    Py_XDECREF(handles);
     return done;
 }
 
@@ -333,10 +331,8 @@ static PyObject *make_frame(Call *call, uint64_t number, const Body *body)
 /* See Channel.append. */
 static int queue(Call *call, PyObject *frame)
 {
-    PyObject *frames = PyObject_GetAttr(call->channel, s__frames), *none = NULL;
-    if (frames != NULL && (none = PyObject_CallMethodOneArg(frames, s_append, frame)) != NULL)
-        call->waiting = PyObject_Size(frames);
-    Py_XDECREF(frames);
+    PyObject *none = PyObject_CallOneArg(OF(call, append), frame);
+    call->waiting = PyObject_Size(OF(call, frames));
     Py_XDECREF(none);
     return none == NULL ? -1 : 0;
 }
@@ -344,38 +340,30 @@ static int queue(Call *call, PyObject *frame)
 /* Tell whoever has to know of the call, by its number. */
 static int note(Call *call, PyObject *number)
 {
-    PyObject *expected = PyObject_GetAttr(call->inbox, s_expected);
-    PyObject *handles = PyObject_GetAttr(call->outbox, s_handles);
     Py_DECREF(PyTuple_GET_ITEM(call->expected, 0)); /* None */
     PyTuple_SET_ITEM(call->expected, 0, Py_NewRef(number));
-    PyObject *none = NULL;
+    PyObject *none = PyObject_CallOneArg(OF(call, expect), call->expected);
     int done = -1;
-    if (expected != NULL && handles != NULL
-        && (none = PyObject_CallMethodOneArg(expected, s_append, call->expected)) != NULL
-        && PyObject_SetAttr(call->handle, s_oid, number) == 0
+    if (none != NULL && PyObject_SetAttr(call->handle, s_oid, number) == 0
         && PyObject_SetAttr(call->handle, s_number, number) == 0)
-        done = PyDict_SetItem(handles, number, call->reference);
-    Py_XDECREF(expected);
-    Py_XDECREF(handles);
+        done = PyDict_SetItem(OF(call, handles), number, call->reference);
     Py_XDECREF(none);
     return done;
 }
 
 static int commit(Call *call, const Body *body)
 {
-    PyObject *numbers = PyObject_GetAttr(call->outbox, s__numbers);
-    PyObject *number = numbers == NULL ? NULL : PyIter_Next(numbers), *frame = NULL;
-    PyObject *executed = PyObject_GetAttr(call->inbox, s_executed);
-    PyObject *last = PyObject_GetAttr(call->outbox, s_last);
+    PyObject *outbox = OF(call, outbox), *number = PyIter_Next(OF(call, numbers)), *frame = NULL;
+    PyObject *executed = PyObject_GetAttr(OF(call, inbox), s_executed);
+    PyObject *last = PyObject_GetAttr(outbox, s_last);
     int done = -1;
     if (number != NULL && executed != NULL && last != NULL
         && (call->was_idle = PyObject_RichCompareBool(executed, last, Py_GE)) >= 0
         && (frame = make_frame(call, PyLong_AsUnsignedLongLong(number), body)) != NULL
-        && (!call->writes || add_one(call->outbox, s_writes) >= 0)
-        && note(call, number) == 0 && add_one(call->outbox, s_submitted) >= 0
-        && queue(call, frame) == 0 && PyObject_SetAttr(call->outbox, s_last, number) == 0)
-        done = set_slot(set_owner, call->pointer, Py_True);
-    Py_XDECREF(numbers);
+        && (!call->writes || add_one(outbox, s_writes) >= 0)
+        && note(call, number) == 0 && add_one(outbox, s_submitted) >= 0
+        && queue(call, frame) == 0 && PyObject_SetAttr(outbox, s_last, number) == 0)
+        done = set_slot(owner_slot, call->pointer, Py_True);
     Py_XDECREF(number);
     Py_XDECREF(frame);
     Py_XDECREF(executed);
@@ -388,27 +376,21 @@ static int commit(Call *call, const Body *body)
 /* 1: sent, 0: not usual, -1: an error. */
 static int send(Call *call, const Body *body)
 {
-    PyObject *lock = PyObject_GetAttr(call->outbox, s_lock);
-    int done = lock == NULL ? -1 : take(lock);
-    if (done > 0) {
-        done = is_link_usual(call);
-        if (done > 0 && commit(call, body) < 0)
-            done = -1;
-        done = let_go(lock, done);
-    }
-    Py_XDECREF(lock);
-    return done;
+    int done = take(call);
+    if (done <= 0)
+        return done;
+    done = is_link_usual(call);
+    if (done > 0 && commit(call, body) < 0)
+        done = -1;
+    return let_go(call, done);
 }
 
 /* Tell the janitor, if nobody has: see Hub.tail. */
 static int ring(Call *call)
 {
-    PyObject *hub = PyObject_GetAttr(call->link, s_hub);
-    PyObject *bell = hub == NULL ? NULL : PyObject_GetAttr(hub, s__bell);
-    PyObject *silent = bell == NULL ? NULL : PyObject_CallMethodNoArgs(bell, s_locked);
-    PyObject *told = silent != Py_True ? Py_XNewRef(silent) : PyObject_CallMethodNoArgs(hub, s_tail);
-    Py_XDECREF(hub);
-    Py_XDECREF(bell);
+    PyObject *silent = PyObject_CallNoArgs(OF(call, is_silent));
+    PyObject *told = silent != Py_True ? Py_XNewRef(silent)
+                                       : PyObject_CallMethodNoArgs(OF(call, hub), s_tail);
     Py_XDECREF(silent);
     Py_XDECREF(told);
     return told == NULL ? -1 : 0;
@@ -420,7 +402,7 @@ static int follow(Call *call)
     int may_wait = !call->was_idle && call->waiting < (Py_ssize_t)wire.burst;
     PyObject *told;
     if (may_wait && call->waiting == 1) {
-        if ((told = PyObject_CallMethodOneArg(call->outbox, s_may_wait, one)) == NULL)
+        if ((told = PyObject_CallMethodOneArg(OF(call, outbox), s_may_wait, one)) == NULL)
             return -1;
         may_wait = told == Py_True;
         Py_DECREF(told);

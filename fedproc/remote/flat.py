@@ -13,7 +13,7 @@ import torch
 
 from fedproc.remote.encode import POINTER_TYPES
 from fedproc.remote.handle import Handle
-from fedproc.remote.link import MOST_UNANSWERED
+from fedproc.remote.link import MOST_UNANSWERED, Link
 from fedproc.remote.outbox import BURST_COMMANDS
 from fedproc.remote.pointer import Pointer
 from fedproc.remote.site import KNOWN_FILES, Site, is_ours
@@ -35,6 +35,21 @@ def _not_compiled(*_: Any) -> None:
     """No call is taken: all go the general way."""
 
 
+def _wire_up(link: Link) -> tuple[Any, ...]:
+    """What ``_flat.c`` touches of a link, kept there: none of it is ever replaced by another.
+
+    A channel with faults in it has its own way to append: nothing then, and no call is flat.
+    """
+    outbox, inbox, hub = link.outbox, link.inbox, link.hub
+    lock, trash, frames = outbox.lock, outbox.trash, link.channel._frames
+    link.wiring = () if type(link.channel) is not Channel else (
+        outbox, inbox, hub, lock.acquire, lock.release, outbox._held, trash, trash.popleft,
+        inbox.expected, inbox.expected.append, outbox.borrows.reading, outbox._numbers,
+        outbox.handles, frames, frames.append, hub._bell.locked,
+    )  # fmt: skip
+    return link.wiring
+
+
 def _prepared() -> Any:
     if _flat is None:
         return _not_compiled
@@ -42,10 +57,10 @@ def _prepared() -> Any:
         "pointer_types": POINTER_TYPES,
         "handle_class": Handle,
         "site_class": Site,
-        "channel_class": Channel,
-        "set_handle": Pointer.__dict__["_handle"],
-        "set_owner": Pointer.__dict__["_owner"],
-        "set_chain": Pointer.__dict__["_chain"],
+        "wire_up": _wire_up,
+        "handle_slot": Pointer.__dict__["_handle"],
+        "owner_slot": Pointer.__dict__["_owner"],
+        "chain_slot": Pointer.__dict__["_chain"],
         "kept_names": KEPT_NAMES,
         "known_files": KNOWN_FILES,
         "is_ours": is_ours,

@@ -49,6 +49,7 @@ class Link:
 
     here = os.getpid()
     """This process. Asking the system in every command would cost 0.2 us."""
+    wiring: tuple[Any, ...] | None = None  # what flat calls touch of it: see ``flat``
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class Link:
         self.owner = Link.here
         self.inbox = Inbox(name, self.release, self.handle)
         self.outbox = Outbox(self.channel, self.inbox, numbers)
-        self.failures = self.inbox.failures
-        self.trash = self.outbox.trash
+        self.failures, self.trash = self.inbox.failures, self.outbox.trash
         self.mapped: Mapped | None = None
         self.attached: set[str] = set()
         self.registered: Mapping[Any, bytes] | None = None  # code it has, where it takes no other

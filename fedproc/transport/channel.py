@@ -211,9 +211,9 @@ class Channel:
         while (found := cut(data, start)) is not None:
             frame, start = found
             handle(frame)
-            # what was handed over may be large, and nothing else may come for long
-            rest = (data, start) if start < len(data) else (b"", 0)
-            self._input = (*rest, self._input[2], 0, 0)
+            if start == len(data):  # it may be large, and nothing else may come for long
+                data, start = b"", 0
+            self._input = (data, start, self._input[2], 0, 0)
 
     def hang_up(self) -> None:
         """End the stream for both sides; whoever polls either end wakes up."""

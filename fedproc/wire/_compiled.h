@@ -96,6 +96,17 @@ static inline long long add_one(PyObject *owner, PyObject *name)
     return done < 0 ? -1 : count;
 }
 
+/* What is in a slot of an object, by the slot's descriptor: no search for its name. A new reference. */
+static inline PyObject *get_slot(PyObject *slot, PyObject *owner)
+{
+    return Py_TYPE(slot)->tp_descr_get(slot, owner, (PyObject *)Py_TYPE(owner));
+}
+
+static inline int set_slot(PyObject *slot, PyObject *owner, PyObject *value)
+{
+    return Py_TYPE(slot)->tp_descr_set(slot, owner, value);
+}
+
 /* A module that is loaded now, as users' functions are looked up in every call: its module may have
  * been loaded anew. NULL without an error: there is none. */
 static inline PyObject *loaded_module(PyObject *name)

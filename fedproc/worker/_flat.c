@@ -10,16 +10,20 @@
 #define GIVEN(X) \
     X(loads) X(about) X(usual) X(is_grad_enabled) X(get_default_dtype) X(is_any_autocast_enabled) \
     X(increment_nesting) X(decrement_nesting) X(float32) X(result_domain) X(entry_class) \
-    X(domain_class) X(tensor_class) X(no_tags) X(no_text)
+    X(domain_class) X(tensor_class) X(no_tags) X(no_text) X(wire_up) X(value_slot) X(ids_slot) \
+    X(domain_slot) X(tags_slot) X(description_slot) X(open_shape_slot) X(private_slot) \
+    X(sources_slot) X(tainted_slot)
+
+/* Objects of a loop that a call touches, in the order of flat.wire_up: found once. */
+#define WIRING(X) X(host) X(store) X(by_id) X(by_object) X(done)
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(_by_id) X(_by_object) X(_host) X(_last) X(_owner) X(_private) X(_running) X(_sources) \
-    X(_tainted) X(_turn) X(_unreported) X(add) X(arena) X(commands) X(data_ptr) X(description) \
-    X(domain) X(done) X(free) X(here) X(ids) X(open_shape) X(private) X(registered) X(remove) \
-    X(require_process) X(stopped) X(store) X(tags) X(untyped_storage) X(value)
+    X(_last) X(_owner) X(_running) X(_unreported) X(add) X(commands) X(data_ptr) X(free) X(here) \
+    X(private) X(registered) X(remove) X(require_process) X(stopped) X(untyped_storage) X(wiring)
 
 #include "../wire/_compiled.h"
+#include "_fields.h"
 
 #include <time.h>
 
@@ -30,9 +34,13 @@ static struct {
 static PyObject *named_private; /* ("private",): how result_domain is given False */
 static PyObject *zero, *known; /* known: name -> what `about` says of it */
 
+#define PLACE(name) at_##name,
+enum { WIRING(PLACE) parts_of_wiring };
+#define OF(call, name) PyTuple_GET_ITEM((call)->wiring, at_##name)
+
 typedef struct {
-    PyObject *loop, *host, *frame;  /* borrowed, new, borrowed */
-    PyObject *store, *by_id;
+    PyObject *loop, *frame;  /* borrowed */
+    PyObject *wiring;
     PyObject *fields;    /* function, arguments, {}, modes, private, places of ids among arguments */
     PyObject *args;      /* the arguments with the objects in their places */
     PyObject *used;      /* list of the entries of these objects */
@@ -43,8 +51,7 @@ typedef struct {
 
 static void forget(Call *call)
 {
-    PyObject *every[] = {call->host, call->store, call->by_id, call->fields,
-                         call->args, call->used, call->function};
+    PyObject *every[] = {call->wiring, call->fields, call->args, call->used, call->function};
     for (size_t i = 0; i < sizeof every / sizeof *every; i++)
         Py_XDECREF(every[i]);
 }
@@ -83,16 +90,19 @@ static Py_ssize_t do_frees(PyObject *objects, PyObject *body)
 /* 1: read, 0: not a flat call, -1: an error. */
 static int read_fields(Call *call, PyObject *body)
 {
-    Py_ssize_t start = call->flags & wire.frees ? do_frees(call->store, body) : 0;
+    Py_ssize_t start = call->flags & wire.frees ? do_frees(OF(call, store), body) : 0;
     if (start < 0)
         return -1;
-    PyObject *pickled = start == 0 ? Py_NewRef(body)
-                                   : PyBytes_FromStringAndSize(PyBytes_AS_STRING(body) + start,
-                                                               PyBytes_GET_SIZE(body) - start);
-    call->fields = pickled == NULL ? NULL : PyObject_CallOneArg(loads, pickled);
-    Py_XDECREF(pickled);
-    if (call->fields == NULL)
-        return -1;
+    const char *bytes = PyBytes_AS_STRING(body) + start;
+    Py_ssize_t size = PyBytes_GET_SIZE(body) - start;
+    call->fields = read_pickle((const unsigned char *)bytes, size);
+    if (call->fields == NULL) { /* written by pickle */
+        PyObject *pickled = PyBytes_FromStringAndSize(bytes, size);
+        call->fields = pickled == NULL ? NULL : PyObject_CallOneArg(loads, pickled);
+        Py_XDECREF(pickled);
+        if (call->fields == NULL)
+            return -1;
+    }
     PyObject *fields = call->fields;
     return PyTuple_CheckExact(fields) && PyTuple_GET_SIZE(fields) == 6
            && PyUnicode_CheckExact(PyTuple_GET_ITEM(fields, 0))
@@ -106,9 +116,9 @@ static int read_fields(Call *call, PyObject *body)
 /* Whether an entry is public, with nothing to it that could make it private; -1: an error. */
 static int is_public(PyObject *entry)
 {
-    PyObject *domain = PyObject_GetAttr(entry, s_domain);
-    PyObject *private = domain == NULL ? NULL : PyObject_GetAttr(domain, s__private);
-    PyObject *sources = private == NULL ? NULL : PyObject_GetAttr(domain, s__sources);
+    PyObject *domain = get_slot(domain_slot, entry);
+    PyObject *private = domain == NULL ? NULL : get_slot(private_slot, domain);
+    PyObject *sources = private == NULL ? NULL : get_slot(sources_slot, domain);
     int public = sources == NULL ? -1 : private == Py_False;
     if (public > 0 && PyObject_IsTrue(sources)) { /* a property: it asks them */
         Py_SETREF(private, PyObject_GetAttr(domain, s_private));
@@ -126,13 +136,13 @@ static int fill(Call *call, PyObject *place)
     Py_ssize_t at = PyLong_AsSsize_t(place);
     if (at < 0 || at >= PyTuple_GET_SIZE(call->args))
         return PyErr_Occurred() ? -1 : 0;
-    PyObject *entry = PyDict_GetItemWithError(call->by_id, PyTuple_GET_ITEM(call->args, at));
+    PyObject *entry = PyDict_GetItemWithError(OF(call, by_id), PyTuple_GET_ITEM(call->args, at));
     if (entry == NULL || (PyObject *)Py_TYPE(entry) != entry_class)
         return PyErr_Occurred() ? -1 : 0;
     int public = is_public(entry);
     if (public <= 0)
         return public;
-    PyObject *value = PyObject_GetAttr(entry, s_value);
+    PyObject *value = get_slot(value_slot, entry);
     if (value == NULL || PyList_Append(call->used, entry) < 0) {
         Py_XDECREF(value);
         return -1;
@@ -242,9 +252,8 @@ static PyObject *restored(PyObject *result)
 static PyObject *public_domain(void)
 {
     PyObject *domain = allocate(domain_class, 0), *none = PyTuple_New(0);
-    if (domain == NULL || none == NULL || PyObject_SetAttr(domain, s__private, Py_False) < 0
-        || PyObject_SetAttr(domain, s__tainted, Py_False) < 0
-        || PyObject_SetAttr(domain, s__sources, none) < 0)
+    if (domain == NULL || none == NULL || set_slot(private_slot, domain, Py_False) < 0
+        || set_slot(tainted_slot, domain, Py_False) < 0 || set_slot(sources_slot, domain, none) < 0)
         Py_CLEAR(domain);
     Py_XDECREF(none);
     return domain;
@@ -270,7 +279,7 @@ static int is_apart(Call *call, PyObject *result)
         return 0;
     unsigned long long memory = memory_of(result);
     for (Py_ssize_t i = 0; memory != 0 && i < PyList_GET_SIZE(call->used); i++) {
-        PyObject *value = PyObject_GetAttr(PyList_GET_ITEM(call->used, i), s_value);
+        PyObject *value = get_slot(value_slot, PyList_GET_ITEM(call->used, i));
         if (value == NULL || (PyObject *)Py_TYPE(value) != tensor_class
             || memory_of(value) == memory || PyErr_Occurred())
             memory = 0;
@@ -301,11 +310,10 @@ static PyObject *make_entry(PyObject *value, PyObject *id, PyObject *domain)
     PyObject *entry = allocate(entry_class, 0), *ids = PyList_New(1);
     if (ids != NULL)
         PyList_SET_ITEM(ids, 0, Py_NewRef(id));
-    if (entry == NULL || ids == NULL || PyObject_SetAttr(entry, s_value, value) < 0
-        || PyObject_SetAttr(entry, s_ids, ids) < 0 || PyObject_SetAttr(entry, s_domain, domain) < 0
-        || PyObject_SetAttr(entry, s_tags, no_tags) < 0
-        || PyObject_SetAttr(entry, s_description, no_text) < 0
-        || PyObject_SetAttr(entry, s_open_shape, Py_True) < 0)
+    if (entry == NULL || ids == NULL || set_slot(value_slot, entry, value) < 0
+        || set_slot(ids_slot, entry, ids) < 0 || set_slot(domain_slot, entry, domain) < 0
+        || set_slot(tags_slot, entry, no_tags) < 0 || set_slot(description_slot, entry, no_text) < 0
+        || set_slot(open_shape_slot, entry, Py_True) < 0)
         Py_CLEAR(entry);
     Py_XDECREF(ids);
     return entry;
@@ -314,21 +322,19 @@ static PyObject *make_entry(PyObject *value, PyObject *id, PyObject *domain)
 /* See ObjectStore.add: 1: kept, 0: it was here before, so that is its business, -1: an error. */
 static int keep_new(Call *call, PyObject *id, PyObject *value, PyObject *domain)
 {
-    PyObject *entry = make_entry(value, id, domain), *key = NULL, *by_object = NULL;
+    PyObject *entry = make_entry(value, id, domain), *key = NULL;
     int done = entry == NULL ? -1 : 1;
     if (done > 0 && !is_atom(value)) {
         key = PyLong_FromVoidPtr(value);
-        by_object = PyObject_GetAttr(call->store, s__by_object);
-        int known = key == NULL || by_object == NULL ? -1 : PyDict_Contains(by_object, key);
+        int known = key == NULL ? -1 : PyDict_Contains(OF(call, by_object), key);
         done = known < 0 ? -1 : !known;
-        if (done > 0 && PyDict_SetItem(by_object, key, entry) < 0)
+        if (done > 0 && PyDict_SetItem(OF(call, by_object), key, entry) < 0)
             done = -1;
     }
-    if (done > 0 && PyDict_SetItem(call->by_id, id, entry) < 0)
+    if (done > 0 && PyDict_SetItem(OF(call, by_id), id, entry) < 0)
         done = -1;
     Py_XDECREF(entry);
     Py_XDECREF(key);
-    Py_XDECREF(by_object);
     return done;
 }
 
@@ -341,7 +347,7 @@ static int keep(Call *call, PyObject *id, PyObject *value)
     if (is_atom(value) || (PyObject *)Py_TYPE(value) == tensor_class)
         done = keep_new(call, id, value, domain);
     if (done == 0) {
-        PyObject *entry = PyObject_CallMethodObjArgs(call->store, s_add, id, value, domain, NULL);
+        PyObject *entry = PyObject_CallMethodObjArgs(OF(call, store), s_add, id, value, domain, NULL);
         done = entry == NULL ? -1 : 1;
         Py_XDECREF(entry);
     }
@@ -354,25 +360,23 @@ static int keep(Call *call, PyObject *id, PyObject *value)
 /* 1: this loop executes such frames, 0: it does not, or not this one, -1: an error. */
 static int begin(Call *call)
 {
-    call->host = PyObject_GetAttr(call->loop, s__host);
-    if (call->host == NULL)
+    call->wiring = PyObject_GetAttr(call->loop, s_wiring);
+    if (call->wiring == Py_None)
+        Py_SETREF(call->wiring, PyObject_CallOneArg(wire_up, call->loop));
+    if (call->wiring == NULL)
         return -1;
+    if (!PyTuple_CheckExact(call->wiring) || PyTuple_GET_SIZE(call->wiring) != parts_of_wiring)
+        return 0;
     PyObject *last = PyObject_GetAttr(call->loop, s__last);
     int is_usual = last == NULL
                      ? -1
                      : PyObject_RichCompareBool(PyTuple_GET_ITEM(call->frame, 2), last, Py_GT);
     Py_XDECREF(last);
     if (is_usual > 0)
-        is_usual = is_attribute(call->loop, s__turn, Py_None);
+        is_usual = is_attribute(OF(call, host), s_registered, Py_None);
     if (is_usual > 0)
-        is_usual = is_attribute(call->host, s_registered, Py_None);
-    if (is_usual > 0)
-        is_usual = is_attribute(call->host, s_stopped, Py_False);
-    if (is_usual <= 0)
-        return is_usual;
-    call->store = PyObject_GetAttr(call->host, s_store);
-    call->by_id = call->store == NULL ? NULL : PyObject_GetAttr(call->store, s__by_id);
-    return call->by_id == NULL ? -1 : 1;
+        is_usual = is_attribute(OF(call, host), s_stopped, Py_False);
+    return is_usual;
 }
 
 /* Note that the call runs, so that a signal handler that raises in it is told of as its error:
@@ -381,7 +385,7 @@ static long long note_begin(Call *call)
 {
     return PyObject_SetAttr(call->loop, s__running, call->frame) < 0
                    || PyObject_SetAttr(call->loop, s__last, PyTuple_GET_ITEM(call->frame, 2)) < 0
-                   || add_one(call->host, s_commands) < 0
+                   || add_one(OF(call, host), s_commands) < 0
                ? -1
                : add_one(call->loop, s__unreported);
 }
@@ -389,23 +393,17 @@ static long long note_begin(Call *call)
 /* Note that it is done: in memory that the parent sees, also if the worker is killed. */
 static int note_end(Call *call)
 {
-    PyObject *arena = PyObject_GetAttr(call->host, s_arena);
-    PyObject *done = arena == NULL ? NULL : PyObject_GetAttr(arena, s_done);
-    int noted = -1;
-    if (done != NULL && PyObject_SetAttr(call->loop, s__running, Py_None) == 0)
-        noted = PyObject_SetItem(done, zero, PyTuple_GET_ITEM(call->frame, 2));
-    Py_XDECREF(arena);
-    Py_XDECREF(done);
-    return noted;
+    int noted = PyObject_SetAttr(call->loop, s__running, Py_None);
+    return noted < 0 ? noted : PyObject_SetItem(OF(call, done), zero, PyTuple_GET_ITEM(call->frame, 2));
 }
 
 /* End a copy of the worker that the call has forked. */
 static int require_process(Call *call)
 {
-    int is_worker = are_equal(call->host, s__owner, s_here);
+    int is_worker = are_equal(OF(call, host), s__owner, s_here);
     if (is_worker != 0)
         return is_worker;
-    PyObject *none = PyObject_CallMethodOneArg(call->host, s_require_process, Py_None);
+    PyObject *none = PyObject_CallMethodOneArg(OF(call, host), s_require_process, Py_None);
     Py_XDECREF(none);
     return none == NULL ? -1 : 1;
 }

@@ -44,6 +44,19 @@ def _about(name: str) -> tuple[bool, str | None, Any]:
     return is_pure(name), module, path[0] if len(path) == 1 else None
 
 
+def _wire_up(loop: "Loop") -> tuple[Any, ...]:
+    """What ``_flat.c`` touches of a loop, kept there: none of it is ever replaced by another.
+
+    Commands of an inline worker take turns with the parent: nothing then, and no call is flat.
+    """
+    host = loop._host
+    store = host.store
+    loop.wiring = (
+        (host, store, store._by_id, store._by_object, host.arena.done) if loop._turn is None else ()
+    )
+    return loop.wiring
+
+
 def _not_compiled(_loop: "Loop", _frame: Frame) -> None:
     """No call is taken: all go the general way."""
 
@@ -73,6 +86,9 @@ def prepared(report_commands: int, report_seconds: float) -> Execute:
         "tensor_class": torch.Tensor,
         "no_tags": frozenset(),
         "no_text": "",
+        "wire_up": _wire_up,
+        **{f"{name.strip('_')}_slot": Domain.__dict__[name] for name in Domain.__slots__},
+        **{f"{name}_slot": Entry.__dict__[name] for name in Entry.__slots__},
     }
     call = commands.KIND[commands.Call]
     flags = (frames.PLAIN, frames.KEEP, frames.FREES)

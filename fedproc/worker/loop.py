@@ -90,6 +90,7 @@ class Loop:
         self._running: Frame | None = None
         self.interrupted: BaseException | None = None  # what came out of run()
         self.ended = False
+        self.wiring: tuple[Any, ...] | None = None  # what flat calls touch of it: see ``flat``
 
     def run(self) -> None:
         """Work until it is ``ended``: told to stop, left by the parent, or broken."""

@@ -28,6 +28,7 @@ def sent(bob, monkeypatch):
     """Frames of the calls that were sent to bob, in order."""
     recording = Recording(bob.link.channel._frames)
     monkeypatch.setattr(bob.link.channel, "_frames", recording)
+    monkeypatch.setattr(bob.link, "wiring", None)  # it has the queue that was there
     return recording.seen
 
 
