@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import math
+import sys
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -119,7 +120,9 @@ def reads_of_module(module: nn.Module) -> list[Read]:
     reads = [Read(vars(kind), name, function) for name, function in functions.items()]
     for function in functions.values():  # all: another part may have one of the same name called
         reads += _reads(function, known)
-        _require_no_conversion(function, module._modules)
+    if any(_is_conversion(step) for code in functions.values() for step in _steps(code.__code__)):
+        for function in functions.values():
+            _require_tensors(function, module._modules)
     return reads
 
 
@@ -156,16 +159,35 @@ def _reads(function: object, own: Collection[str]) -> Iterator[Read]:
             yield _read(function, step.argval)
 
 
-def _require_no_conversion(method: FunctionType, parts: Collection[str]) -> None:
-    """Refuses ``self.double()`` and ``self.part.double()``; a module is asked by its name."""
-    itself, last = method.__code__.co_varnames[:1], None
-    for step in _steps(method.__code__):
-        if step.opname in _LOADS_ATTRIBUTE and step.argval in _CONVERT and last is not None:
-            names = parts if last.opname in _LOADS_ATTRIBUTE else itself
-            loaded = last.argval[-1:] if type(last.argval) is tuple else (last.argval,)
-            if any(name in names for name in loaded):
-                raise ImpureError(f"it uses .{step.argval} of a module")
-        last = step
+def _is_conversion(step: dis.Instruction) -> bool:
+    return step.opname in _LOADS_ATTRIBUTE and step.argval in _CONVERT
+
+
+def _require_tensors(method: FunctionType, parts: Collection[str]) -> None:
+    """Refuses ``self.double()`` and ``self.part.double()``, also by another name: ``m = self``.
+
+    So the module may only be asked for attributes, and a part of it be called or asked.
+    """
+    itself, steps = "".join(method.__code__.co_varnames[:1]), list(_steps(method.__code__))
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        is_asked = following is not None and following.opname in _LOADS_ATTRIBUTE
+        loaded = step.argval if type(step.argval) is tuple else (step.argval,)
+        if step.opname in _LOADS_ATTRIBUTE:
+            is_module = step.argval in parts
+            is_used = is_asked or _is_called(step)
+        else:  # of two names that are loaded at once, what follows asks the second
+            is_module = step.opname.startswith("LOAD_") and itself in loaded
+            is_used = is_asked and itself not in loaded[:-1]
+        converted = is_asked and following is not None and following.argval in _CONVERT
+        if is_module and (converted or not is_used):
+            raise ImpureError("it may use .double() or the like of a module")
+
+
+def _is_called(step: dis.Instruction) -> bool:
+    """Whether what an attribute gives is called at once."""
+    return step.opname == "LOAD_METHOD" or (
+        sys.version_info >= (3, 12) and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+    )
 
 
 def _read(function: FunctionType, name: str) -> Read:

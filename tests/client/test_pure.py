@@ -73,10 +73,12 @@ def test_a_weight_that_is_used_twice_and_a_buffer_that_counts() -> None:
     assert programs(both_ways(Tied(), F.cross_entropy, batches)) == 1
 
 
-def module(forward: Callable[..., Tensor], **attributes: object) -> nn.Module:
-    """A module of a class of its own, with that ``forward``."""
-    kind = type("Own", (nn.Module,), {"forward": forward})
-    made = kind()
+def module(
+    forward: Callable[..., Tensor], *methods: Callable[..., Tensor], **attributes: object
+) -> nn.Module:
+    """A module of a class of its own, with that ``forward`` and other methods."""
+    named = {method.__name__: method for method in methods}
+    made = type("Own", (nn.Module,), {"forward": forward, **named})()
     made.layer = nn.Linear(6, 4)
     for name, value in attributes.items():
         setattr(made, name, value)
@@ -168,6 +170,34 @@ def moves(self: nn.Module, x: Tensor) -> Tensor:
     return torch.maximum(self.layer(x), self.to(torch.float64)(x))
 
 
+def has_another_name(self: nn.Module, x: Tensor) -> Tensor:
+    module = self
+    return self.layer(x) + module.double()(x)
+
+
+def names_a_part(self: nn.Module, x: Tensor) -> Tensor:
+    part = self.layer
+    return torch.add(part(x), part.half()(x))
+
+
+def lists_parts(self: nn.Module, x: Tensor) -> Tensor:
+    for part in (self.layer,):
+        x = part.float()(x)
+    return x
+
+
+def nests(self: nn.Module, x: Tensor) -> Tensor:
+    return sum([self.layer(x), *[self.layer.half()(x) for _ in range(2)]])
+
+
+def gives_itself(self: nn.Module, x: Tensor) -> Tensor:
+    return self.layer(x) + self.converted(x, self)
+
+
+def converted(self: nn.Module, x: Tensor, module: nn.Module) -> Tensor:
+    return module.double()(x)
+
+
 def converts_tensors(self: nn.Module, x: Tensor) -> Tensor:
     out = self.layer(x).double() * self.factor.to(x.dtype)
     return out.float() + x.double().to(x.dtype).sum()
@@ -190,6 +220,11 @@ IMPURE: dict[str, Callable[[], nn.Module]] = {
     "doubles": lambda: module(doubles),
     "halves a part": lambda: module(halves_a_part),
     "moves": lambda: module(moves),
+    "has another name": lambda: module(has_another_name),
+    "names a part": lambda: module(names_a_part),
+    "lists parts": lambda: module(lists_parts),
+    "nests": lambda: module(nests),
+    "gives itself": lambda: module(gives_itself, converted),
     "closed over": lambda: module(closed_over(torch.ones(2))),
     "a list": lambda: module(whole, log=[]),
     "a tensor": lambda: module(whole, constant=torch.ones(2)),
