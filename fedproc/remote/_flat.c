@@ -16,8 +16,7 @@
     X(chain_slot) X(kept_names) X(known_files) X(is_ours) X(get_frame) X(is_grad_enabled) \
     X(is_any_autocast_enabled) X(get_default_dtype) X(float32)
 
-/* Objects of a link that a call touches, in the order of flat.wire_up: found once, as a search by
- * name takes as long as what is done with what it finds. Those of one method are that method. */
+/* Objects of a link, some of them methods. */
 #define WIRING(X) \
     X(outbox) X(inbox) X(hub) X(acquire) X(release) X(held) X(trash) X(popleft) X(expected) \
     X(expect) X(reading) X(numbers) X(handles) X(frames) X(append) X(is_silent)
@@ -41,10 +40,6 @@ static struct {
 } wire;
 static PyObject *one, *nothing; /* nothing: () */
 static PyObject *last_site;     /* of the call before: a loop issues all of its calls at one */
-
-#define PLACE(name) at_##name,
-enum { WIRING(PLACE) parts_of_wiring };
-#define OF(call, name) PyTuple_GET_ITEM((call)->wiring, at_##name)
 
 /* ---- the body */
 
@@ -206,21 +201,10 @@ static PyObject *caller(void)
     return site;
 }
 
-/* Find the wiring of the link; 1: done, 0: it has none, -1: an error. */
-static int find_wiring(Call *call)
-{
-    call->wiring = PyObject_GetAttr(call->link, s_wiring);
-    if (call->wiring == Py_None)
-        Py_SETREF(call->wiring, PyObject_CallOneArg(wire_up, call->link));
-    if (call->wiring == NULL)
-        return -1;
-    return PyTuple_CheckExact(call->wiring) && PyTuple_GET_SIZE(call->wiring) == parts_of_wiring;
-}
-
 /* Make all that the call needs; 1: done, 0: not usual, -1: an error. */
 static int make(Call *call, PyObject *cls)
 {
-    int is_wired = find_wiring(call);
+    int is_wired = find_wiring(call->link, &call->wiring);
     PyObject *site = is_wired > 0 ? caller() : NULL;
     if (site == NULL)
         return PyErr_Occurred() ? -1 : 0;

@@ -1,5 +1,8 @@
 /* What the compiled parts of fedproc share. Each includes it once, with NAMES(X) and GIVEN(X)
- * defined: the attributes it reads, as s_name, and the objects of the package it works with. */
+ * defined: the attributes it reads, as s_name, and the objects of the package it works with. Those
+ * that work with a link or a loop define WIRING(X), too: the objects of it that a call touches, in
+ * the order of `wire_up` of the same part in Python. None of them is ever replaced by another, so
+ * they are found once: a search by name takes as long as what is done with what it finds. */
 
 #ifndef FEDPROC_COMPILED_H
 #define FEDPROC_COMPILED_H
@@ -106,6 +109,23 @@ static inline int set_slot(PyObject *slot, PyObject *owner, PyObject *value)
 {
     return Py_TYPE(slot)->tp_descr_set(slot, owner, value);
 }
+
+#ifdef WIRING
+#define PLACE(name) at_##name,
+enum { WIRING(PLACE) parts_of_wiring };
+#define OF(call, name) PyTuple_GET_ITEM((call)->wiring, at_##name)
+
+/* Find the wiring of a link or a loop; 1: done, 0: it has none, so no call is flat, -1: an error. */
+static inline int find_wiring(PyObject *owner, PyObject **wiring)
+{
+    *wiring = PyObject_GetAttr(owner, s_wiring);
+    if (*wiring == Py_None)
+        Py_SETREF(*wiring, PyObject_CallOneArg(wire_up, owner));
+    if (*wiring == NULL)
+        return -1;
+    return PyTuple_CheckExact(*wiring) && PyTuple_GET_SIZE(*wiring) == parts_of_wiring;
+}
+#endif
 
 /* A module that is loaded now, as users' functions are looked up in every call: its module may have
  * been loaded anew. NULL without an error: there is none. */

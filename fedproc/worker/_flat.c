@@ -14,7 +14,7 @@
     X(domain_slot) X(tags_slot) X(description_slot) X(open_shape_slot) X(private_slot) \
     X(sources_slot) X(tainted_slot)
 
-/* Objects of a loop that a call touches, in the order of flat.wire_up: found once. */
+/* Objects of a loop. */
 #define WIRING(X) X(host) X(store) X(by_id) X(by_object) X(done)
 
 /* Attributes that it reads. */
@@ -33,10 +33,6 @@ static struct {
 } wire;
 static PyObject *named_private; /* ("private",): how result_domain is given False */
 static PyObject *zero, *known; /* known: name -> what `about` says of it */
-
-#define PLACE(name) at_##name,
-enum { WIRING(PLACE) parts_of_wiring };
-#define OF(call, name) PyTuple_GET_ITEM((call)->wiring, at_##name)
 
 typedef struct {
     PyObject *loop, *frame;  /* borrowed */
@@ -360,18 +356,14 @@ static int keep(Call *call, PyObject *id, PyObject *value)
 /* 1: this loop executes such frames, 0: it does not, or not this one, -1: an error. */
 static int begin(Call *call)
 {
-    call->wiring = PyObject_GetAttr(call->loop, s_wiring);
-    if (call->wiring == Py_None)
-        Py_SETREF(call->wiring, PyObject_CallOneArg(wire_up, call->loop));
-    if (call->wiring == NULL)
-        return -1;
-    if (!PyTuple_CheckExact(call->wiring) || PyTuple_GET_SIZE(call->wiring) != parts_of_wiring)
-        return 0;
-    PyObject *last = PyObject_GetAttr(call->loop, s__last);
-    int is_usual = last == NULL
-                     ? -1
-                     : PyObject_RichCompareBool(PyTuple_GET_ITEM(call->frame, 2), last, Py_GT);
-    Py_XDECREF(last);
+    int is_usual = find_wiring(call->loop, &call->wiring);
+    if (is_usual > 0) {
+        PyObject *last = PyObject_GetAttr(call->loop, s__last);
+        is_usual = last == NULL ? -1
+                                : PyObject_RichCompareBool(PyTuple_GET_ITEM(call->frame, 2), last,
+                                                           Py_GT);
+        Py_XDECREF(last);
+    }
     if (is_usual > 0)
         is_usual = is_attribute(OF(call, host), s_registered, Py_None);
     if (is_usual > 0)
