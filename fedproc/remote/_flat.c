@@ -160,22 +160,23 @@ static int find_name(Call *call, PyObject *function, PyObject *what)
     return found == function;
 }
 
-/* The instruction that a frame is at, NULL: an error. */
+/* The instruction that a frame is at, NULL: an error. The end of the one before may be the end of
+ * its code, of which others may have asked to be told, and they may call: hence a local name. */
 static PyObject *site_of(PyFrameObject *frame, PyCodeObject *code)
 {
-    PyObject *at = PyObject_GetAttr((PyObject *)frame, s_f_lasti);
-    long instruction = at == NULL ? -1 : PyLong_AsLong(at);
-    if (at != NULL && (last_site == NULL || PyTuple_GET_ITEM(last_site, 0) != (PyObject *)code
-                       || PyLong_AsLong(PyTuple_GET_ITEM(last_site, 1)) != instruction)) {
-        PyObject *site = allocate_tuple(site_class, 2);
-        if (site != NULL) {
-            PyTuple_SET_ITEM(site, 0, Py_NewRef((PyObject *)code));
-            PyTuple_SET_ITEM(site, 1, Py_NewRef(at));
-        }
-        Py_XSETREF(last_site, site);
+    PyObject *at = PyObject_GetAttr((PyObject *)frame, s_f_lasti), *site = NULL;
+    if (at == NULL)
+        return NULL;
+    if (last_site != NULL && PyTuple_GET_ITEM(last_site, 0) == (PyObject *)code
+        && PyLong_AsLong(PyTuple_GET_ITEM(last_site, 1)) == PyLong_AsLong(at)) {
+        site = Py_NewRef(last_site);
+    } else if ((site = allocate_tuple(site_class, 2)) != NULL) {
+        PyTuple_SET_ITEM(site, 0, Py_NewRef((PyObject *)code));
+        PyTuple_SET_ITEM(site, 1, Py_NewRef(at));
+        Py_XSETREF(last_site, Py_NewRef(site));
     }
-    Py_XDECREF(at);
-    return at == NULL ? NULL : Py_XNewRef(last_site);
+    Py_DECREF(at);
+    return site;
 }
 
 /* The place in the user's code: see site.caller. NULL without an error: none. */

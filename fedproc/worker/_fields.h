@@ -118,9 +118,9 @@ static PyObject *read_pickle(const unsigned char *bytes, Py_ssize_t size)
     int goes_on = start != NULL && start[0] == 0x80 && start[1] == 5;
     while (goes_on && (code = next_bytes(&reader, 1)) != NULL && *code != '.')
         goes_on = step(&reader, *code);
-    PyObject *read = goes_on && code != NULL && reader.count == 1 && reader.at == reader.end
-                         ? reader.items[--reader.count]
-                         : NULL;
+    int is_whole = goes_on && code != NULL && reader.at == reader.end;
+    PyObject *read = is_whole && reader.count == 1 && reader.marked == 0 ? reader.items[--reader.count]
+                                                                         : NULL;
     while (reader.count > 0)
         Py_DECREF(reader.items[--reader.count]);
     if (read == NULL)

@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_both_ways_leave_the_same_state(bob, writes):
     assert told[0][:2] == ((int(writes), 1, False), "take" if writes else "*")
     assert made[1].id == made[0].id + 1
     assert made[0]._handle is not made[1]._handle
+
+
+def test_a_call_made_when_the_code_of_the_one_before_ends_keeps_its_own_place(bob):
+    """The place of the last call is kept; who is told of its end may make another call."""
+    p, made = bob.send(torch.ones(2)), []
+    code = compile("p * 2", "<user>", "exec")
+    told = weakref.ref(code, lambda _: made.append(p * 3))
+    exec(code, {"p": p})
+    bob.run(take).wait()
+    del code
+    made.append(p + 1)
+    assert told() is None
+    assert len(made) == 2
+    place = bob.link.inbox.expected[-1][1]
+    assert place.code is sys._getframe().f_code
+    assert place.line == place.code.co_firstlineno + 8
 
 
 # ---- without the compiled modules

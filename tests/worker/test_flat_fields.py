@@ -101,6 +101,27 @@ def broken(draw):
     return bytes(body)
 
 
+WHOLE = pickled((GIVEN_BACK, (1,), {}, None, False, ()))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        WHOLE[:-1] + b"(.",  # a mark is left
+        WHOLE[:-1] + b"N.",  # an item more: pickle takes the last
+        WHOLE + b"N",  # bytes behind the end, which pickle does not mind
+        WHOLE[:-1],
+        WHOLE.replace(b"\x80\x05", b"\x80\x04", 1),
+        b"\x80\x05(K\x01(\x85t.",  # a tuple over a mark
+        b"\x80\x05K\x01\x86.",
+        b"\x80\x05t.",
+    ],
+)
+def test_a_body_that_the_parent_never_writes_is_what_pickle_says(pair, body):
+    pair.give(body)
+    pair.call(GIVEN_BACK, 2)
+
+
 @settings(max_examples=400)
 @given(st.lists(broken(), min_size=1, max_size=5))
 def test_both_ways_refuse_the_same_bodies(bodies):
