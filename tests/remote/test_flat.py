@@ -144,7 +144,7 @@ def test_a_call_made_when_the_code_of_the_one_before_ends_keeps_its_own_place(bo
     code = compile("p * 2", "<user>", "exec")
     told = weakref.ref(code, lambda _: made.append(p * 3))
     exec(code, {"p": p})
-    bob.run(take).wait()
+    bob.link.wait(bob.link.outbox.last, None, "wait")  # then only the kept place has the code
     del code
     made.append(p + 1)
     assert told() is None
