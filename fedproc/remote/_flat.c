@@ -23,7 +23,7 @@
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(end) X(executed) X(f_lasti) X(flush) X(gone) X(here) X(last) X(link) \
+    X(_handle) X(end) X(executed) X(f_lasti) X(flush) X(gone) X(here) X(last) X(link) \
     X(lockstep) X(may_wait) X(number) X(oid) X(owner) X(sending) X(submitted) X(tail) \
     X(wiring) X(writes)
 
@@ -50,7 +50,7 @@ static int put_pointer(Body *body, PyObject *value, PyObject **link)
     int is_pointer = PySet_Contains(pointer_types, (PyObject *)Py_TYPE(value));
     if (is_pointer <= 0)
         return is_pointer;
-    PyObject *handle = get_slot(handle_slot, value);
+    PyObject *handle = PyObject_GetAttr(value, s__handle); /* of an attribute: a property */
     if (handle == NULL)
         return -1;
     PyObject *gone = PyObject_GetAttr(handle, s_gone);
