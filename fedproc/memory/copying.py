@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -10,22 +10,38 @@ from fedproc.memory import helpers, pages
 from fedproc.memory.spares import SPARES
 from fedproc.memory.undisturbed import undisturbed
 
+try:
+    from fedproc.memory import _copy
+except ImportError:  # not built
+    _copy = None  # type: ignore[assignment]
+
+COMPILED: Final = _copy is not None
+"""Whether this installation has the copy past the caches."""
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 SIDE_BY_SIDE_BYTES = 4 << 20
 """From here on a copy is worth threads, and new memory large pages."""
 COPIERS = min(4, pages.usable_cores())
 PIECE_BYTES = 2 << 20
 """Copied by one thread at a time: whoever begins first does more of them."""
+PAST_CACHES_BYTES = 32 << 20
+"""What is longer would not stay in the caches: it is written past them, where that was compiled."""
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes (uint8, 1-d, as many), side by side when they are many.
+    """Copy bytes (uint8, 1-d, contiguous, as many, apart), side by side when they are many.
 
     One thread gets about half of a machine's bandwidth. Where torch has threads they do it: they
     are awake for milliseconds after whatever they did before, and keep others from these cores.
     """
     if len(source) < SIDE_BY_SIDE_BYTES or torch.get_num_threads() > 1:
         target.copy_(source)
+        return
+    if COMPILED and len(source) >= PAST_CACHES_BYTES:
+        to, start, nbytes = target.data_ptr(), source.data_ptr(), len(source)
+        each = range(0, nbytes, PIECE_BYTES)
+        places = [(to + at, start + at, min(PIECE_BYTES, nbytes - at)) for at in each]
+        side_by_side(_copy.copy, places, COPIERS)
         return
     pieces = zip(torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True)
     side_by_side(torch.Tensor.copy_, list(pieces), COPIERS)

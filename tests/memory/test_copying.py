@@ -15,6 +15,8 @@ from fedproc.memory import copying, helpers
 from fedproc.memory.copying import same_bits
 
 COUNT = 2 * copying.SIDE_BY_SIDE_BYTES + 5
+PAST = copying.PAST_CACHES_BYTES
+needs_compiled = pytest.mark.skipif(not copying.COMPILED, reason="the compiled copy was not built")
 
 
 @pytest.fixture
@@ -32,6 +34,49 @@ def test_every_byte_is_copied(one_thread, inference):
         target = copying.fresh(COUNT)
         copying.copy_bytes(target, source)
     assert torch.equal(target, source)
+
+
+@needs_compiled
+@pytest.mark.parametrize("offset", [0, 1, 15, 63])
+@pytest.mark.parametrize("count", [PAST - 1, PAST, PAST + 1, PAST + 2 * copying.PIECE_BYTES + 77])
+def test_many_bytes_are_copied_past_the_caches(one_thread, monkeypatch, count, offset):
+    counts, copy = [], copying._copy.copy
+
+    class Counting:
+        @staticmethod
+        def copy(target, source, nbytes):
+            counts.append(nbytes)
+            copy(target, source, nbytes)
+
+    monkeypatch.setattr(copying, "_copy", Counting)
+    whole = torch.randint(256, (offset + count + 1,), dtype=torch.uint8)
+    source, target = whole[offset:-1], torch.zeros(count + 130, dtype=torch.uint8)
+
+    copying.copy_bytes(target[65 : 65 + count], source)
+
+    assert torch.equal(target[65 : 65 + count], source)
+    assert not target[:65].any()
+    assert not target[65 + count :].any()
+    assert sum(counts) == (count if count >= PAST else 0)
+
+
+@needs_compiled
+@pytest.mark.parametrize("count", [*range(140), 1000, 4096])
+def test_any_number_of_bytes_from_any_address_to_any(count):
+    source = torch.arange(1, 8192, dtype=torch.int32).view(torch.uint8)[: count + 64]
+    for here, there in [(0, 0), (1, 0), (0, 1), (63, 17), (17, 63)]:
+        target = torch.zeros(count + 200, dtype=torch.uint8)
+        copying._copy.copy(target.data_ptr() + there, source.data_ptr() + here, count)
+        assert torch.equal(target[there : there + count], source[here : here + count])
+        assert not target[:there].any()
+        assert not target[there + count :].any()
+
+
+@needs_compiled
+@pytest.mark.parametrize("arguments", [(0, 0, -1), (0, 0), ("a", 0, 0)])
+def test_what_cannot_be_copied(arguments):
+    with pytest.raises((ValueError, TypeError)):
+        copying._copy.copy(*arguments)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
