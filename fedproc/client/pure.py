@@ -12,6 +12,7 @@ import builtins
 import dis
 import math
 import sys
+from itertools import pairwise
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -168,9 +169,9 @@ def _require_tensors(method: FunctionType, parts: Collection[str]) -> None:
 
     So the module may only be asked for attributes, and a part of it be called or asked.
     """
-    itself, steps = "".join(method.__code__.co_varnames[:1]), list(_steps(method.__code__))
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        is_asked = following is not None and following.opname in _LOADS_ATTRIBUTE
+    itself = "".join(method.__code__.co_varnames[:1])
+    for step, following in pairwise(_steps(method.__code__)):
+        is_asked = following.opname in _LOADS_ATTRIBUTE
         loaded = step.argval if type(step.argval) is tuple else (step.argval,)
         if step.opname in _LOADS_ATTRIBUTE:
             is_module = step.argval in parts
@@ -178,8 +179,7 @@ def _require_tensors(method: FunctionType, parts: Collection[str]) -> None:
         else:  # of two names that are loaded at once, what follows asks the second
             is_module = step.opname.startswith("LOAD_") and itself in loaded
             is_used = is_asked and itself not in loaded[:-1]
-        converted = is_asked and following is not None and following.argval in _CONVERT
-        if is_module and (converted or not is_used):
+        if is_module and (_is_conversion(following) or not is_used):
             raise ImpureError("it may use .double() or the like of a module")
 
 

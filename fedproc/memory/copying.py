@@ -37,14 +37,13 @@ def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
     if len(source) < SIDE_BY_SIDE_BYTES or torch.get_num_threads() > 1:
         target.copy_(source)
         return
-    if COMPILED and len(source) >= PAST_CACHES_BYTES:
-        to, start, nbytes = target.data_ptr(), source.data_ptr(), len(source)
-        each = range(0, nbytes, PIECE_BYTES)
-        places = [(to + at, start + at, min(PIECE_BYTES, nbytes - at)) for at in each]
-        side_by_side(_copy.copy, places, COPIERS)
-        return
+    work = _past_caches if COMPILED and len(source) >= PAST_CACHES_BYTES else torch.Tensor.copy_
     pieces = zip(torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True)
-    side_by_side(torch.Tensor.copy_, list(pieces), COPIERS)
+    side_by_side(work, list(pieces), COPIERS)
+
+
+def _past_caches(target: torch.Tensor, source: torch.Tensor) -> None:
+    _copy.copy(target.data_ptr(), source.data_ptr(), len(source))
 
 
 def side_by_side(

@@ -2,7 +2,6 @@
 
 import math
 import pickle
-import struct
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedproc.worker import flat
 from fedproc.worker import loop as loops
+from tests.remote.ways import exact
 from tests.worker.pair import made, needs_compiled, pickled
 
 pytestmark = needs_compiled
@@ -31,15 +31,8 @@ def given_back(*args):
     return args
 
 
-def exact(value):
-    """Distinguishes what compares equal: 1 and True, 0.0 and -0.0; and nan is nan."""
-    if isinstance(value, tuple):
-        return [exact(item) for item in value]
-    return type(value), struct.pack("<d", value) if isinstance(value, float) else value
-
-
 @pytest.fixture
-def unpickled(monkeypatch):
+def unpickled():
     """Bodies that the compiled way has given to pickle."""
     seen, loads = [], pickle.loads
 
