@@ -34,16 +34,21 @@ def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
     One thread gets about half of a machine's bandwidth. Where torch has threads they do it: they
     are awake for milliseconds after whatever they did before, and keep others from these cores.
     """
-    if len(source) < SIDE_BY_SIDE_BYTES or torch.get_num_threads() > 1:
+    threads, is_long = torch.get_num_threads(), COMPILED and len(source) >= PAST_CACHES_BYTES
+    if threads > 1 and is_long and _copy.HAS_THREADS:
+        _past_caches(target, source, threads)
+    elif threads > 1 or len(source) < SIDE_BY_SIDE_BYTES:
         target.copy_(source)
-        return
-    work = _past_caches if COMPILED and len(source) >= PAST_CACHES_BYTES else torch.Tensor.copy_
-    pieces = zip(torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True)
-    side_by_side(work, list(pieces), COPIERS)
+    else:
+        work = _past_caches if is_long else torch.Tensor.copy_
+        pieces = zip(
+            torch.split(target, PIECE_BYTES), torch.split(source, PIECE_BYTES), strict=True
+        )
+        side_by_side(work, list(pieces), COPIERS)
 
 
-def _past_caches(target: torch.Tensor, source: torch.Tensor) -> None:
-    _copy.copy(target.data_ptr(), source.data_ptr(), len(source))
+def _past_caches(target: torch.Tensor, source: torch.Tensor, threads: int = 1) -> None:
+    _copy.copy(target.data_ptr(), source.data_ptr(), len(source), threads)
 
 
 def side_by_side(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedproc.client.seeding import torch_threads
 from fedproc.memory import copying, helpers
 from fedproc.memory.copying import same_bits
 
@@ -20,15 +21,20 @@ needs_compiled = pytest.mark.skipif(not copying.COMPILED, reason="the compiled c
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def threads_of_torch(request):
+    """As many as the test asks for; one, if it does not."""
+    count = getattr(request, "param", 1)
+    with torch_threads(count):
+        yield count
 
 
+in_one_thread = pytest.mark.usefixtures("threads_of_torch")
+in_threads = pytest.mark.parametrize("threads_of_torch", [1, 2, 5], indirect=True)
+
+
+@in_threads
 @pytest.mark.parametrize("inference", [False, True])
-def test_every_byte_is_copied(one_thread, inference):
+def test_every_byte_is_copied(threads_of_torch, inference):
     source = torch.arange(COUNT, dtype=torch.uint8)
     with torch.inference_mode(inference):
         target = copying.fresh(COUNT)
@@ -37,16 +43,20 @@ def test_every_byte_is_copied(one_thread, inference):
 
 
 @needs_compiled
+@in_threads
 @pytest.mark.parametrize("offset", [0, 1, 15, 63])
 @pytest.mark.parametrize("count", [PAST - 1, PAST, PAST + 1, PAST + 2 * copying.PIECE_BYTES + 77])
-def test_many_bytes_are_copied_past_the_caches(one_thread, monkeypatch, count, offset):
-    counts, copy = [], copying._copy.copy
+def test_many_bytes_are_copied_past_the_caches(threads_of_torch, monkeypatch, count, offset):
+    counts, copy, has_threads = [], copying._copy.copy, copying._copy.HAS_THREADS
 
     class Counting:
+        HAS_THREADS = has_threads
+
         @staticmethod
-        def copy(target, source, nbytes):
+        def copy(target, source, nbytes, of):
             counts.append(nbytes)
-            copy(target, source, nbytes)
+            assert of == threads_of_torch
+            copy(target, source, nbytes, of)
 
     monkeypatch.setattr(copying, "_copy", Counting)
     whole = torch.randint(256, (offset + count + 1,), dtype=torch.uint8)
@@ -57,7 +67,7 @@ def test_many_bytes_are_copied_past_the_caches(one_thread, monkeypatch, count, o
     assert torch.equal(target[65 : 65 + count], source)
     assert not target[:65].any()
     assert not target[65 + count :].any()
-    assert sum(counts) == (count if count >= PAST else 0)
+    assert sum(counts) == (count if count >= PAST and (threads_of_torch == 1 or has_threads) else 0)
 
 
 @needs_compiled
@@ -66,14 +76,14 @@ def test_any_number_of_bytes_from_any_address_to_any(count):
     source = torch.arange(1, 8192, dtype=torch.int32).view(torch.uint8)[: count + 64]
     for here, there in [(0, 0), (1, 0), (0, 1), (63, 17), (17, 63)]:
         target = torch.zeros(count + 200, dtype=torch.uint8)
-        copying._copy.copy(target.data_ptr() + there, source.data_ptr() + here, count)
+        copying._copy.copy(target.data_ptr() + there, source.data_ptr() + here, count, 1)
         assert torch.equal(target[there : there + count], source[here : here + count])
         assert not target[:there].any()
         assert not target[there + count :].any()
 
 
 @needs_compiled
-@pytest.mark.parametrize("arguments", [(0, 0, -1), (0, 0), ("a", 0, 0)])
+@pytest.mark.parametrize("arguments", [(0, 0, -1, 1), (0, 0, 0, 0), (0, 0, 0), ("a", 0, 0, 1)])
 def test_what_cannot_be_copied(arguments):
     with pytest.raises((ValueError, TypeError)):
         copying._copy.copy(*arguments)
@@ -93,7 +103,8 @@ def test_an_error_in_any_thread_is_raised_when_all_have_ended(threads):
     assert sorted(ended) == [0, 2]
 
 
-def test_it_is_done_alone_where_no_thread_can_be_started(one_thread, monkeypatch):
+@in_one_thread
+def test_it_is_done_alone_where_no_thread_can_be_started(monkeypatch):
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
@@ -118,7 +129,8 @@ def test_it_ends_after_all_threads():
     assert not running
 
 
-def test_a_large_tensor_is_fetched_in_inference_mode(one_thread, alice):
+@in_one_thread
+def test_a_large_tensor_is_fetched_in_inference_mode(alice):
     values = torch.rand(COUNT // 4)
     pointer = alice.send(values)
     with torch.inference_mode():
