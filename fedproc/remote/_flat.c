@@ -1,9 +1,11 @@
-/* Submitting a flat call: a named function on pointers and plain values, under the usual modes.
+/* Submitting a flat call: a named function on pointers and plain values, under the usual modes; and
+ * asking for what one gives, or for an object.
  *
  * What run_there (calls.py), _flat (encode.py), Outbox.send (outbox.py) and owned (making.py) do,
- * in one step, for the call that pipelines are made of. Whatever is not usual about a call, its
- * arguments, the modes of torch or the state of the link, is theirs: `submit` then has changed
- * nothing and returns None. A test compares the two ways, message by message.
+ * in one step, for the call that pipelines are made of; for questions what Link.submit and lend
+ * (lending.py) do. Whatever is not usual about one, its arguments, the modes of torch or the state
+ * of the link, is theirs: None is returned then, and nothing has changed. A test compares the two
+ * ways, message by message.
  *
  * All that can run code of Python comes first: making objects can start the collector, and that
  * a finalizer. From `commit` on nothing does, so no thread and no signal handler sees a call that
@@ -19,24 +21,23 @@
 /* Objects of a link, some of them methods. */
 #define WIRING(X) \
     X(outbox) X(inbox) X(hub) X(acquire) X(release) X(held) X(trash) X(popleft) X(expected) \
-    X(expect) X(reading) X(numbers) X(handles) X(frames) X(append) X(is_silent)
+    X(expect) X(borrows) X(reading) X(numbers) X(handles) X(frames) X(append) X(is_silent)
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(_handle) X(end) X(executed) X(f_lasti) X(flush) X(gone) X(here) X(last) X(link) \
-    X(lockstep) X(may_wait) X(number) X(oid) X(owner) X(sending) X(submitted) X(tail) \
+    X(_among) X(_handle) X(end) X(executed) X(f_lasti) X(flush) X(gone) X(here) X(last) X(link) \
+    X(lockstep) X(may_wait) X(number) X(oid) X(owner) X(query) X(sending) X(submitted) X(tail) \
     X(wiring) X(writes)
 
 #include "../wire/_compiled.h"
-#include "_body.h"
+#include "../wire/_body.h"
 
 #include <frameobject.h> /* until Python 3.11 not part of Python.h */
 
-#define HEADER_BYTES 20
 #define MOST_ARGUMENTS 16
 
 static struct {
-    unsigned version, kind, keep, frees, most_frees, most_unanswered, burst;
+    unsigned version, call, compute, fetch, keep, plain, frees, most_frees, most_unanswered, burst;
 } wire;
 static PyObject *one, *nothing; /* nothing: () */
 static PyObject *last_site;     /* of the call before: a loop issues all of its calls at one */
@@ -76,8 +77,8 @@ static int write_body(Body *body, PyObject *function, PyObject *args, PyObject *
 {
     Py_ssize_t count = PyTuple_GET_SIZE(args), pointers = 0;
     unsigned char places[MOST_ARGUMENTS];
-    if (count > MOST_ARGUMENTS || !put(body, "\x80\x05(", 3) || !put_text(body, function)
-        || !begin_tuple(body, count))
+    if (count > MOST_ARGUMENTS || !begin_pickle(body) || !put_code(body, '(')
+        || !put_text(body, function) || !begin_tuple(body, count))
         return 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *arg = PyTuple_GET_ITEM(args, i);
@@ -94,7 +95,7 @@ static int write_body(Body *body, PyObject *function, PyObject *args, PyObject *
     for (Py_ssize_t i = 0; i < pointers; i++)
         if (!put_number(body, 'K', places[i], 1))
             return 0;
-    return end_tuple(body, pointers) && put(body, "t.", 2);
+    return end_tuple(body, pointers) && put_code(body, 't') && end_pickle(body);
 }
 
 /* ---- what is asked before */
@@ -111,10 +112,14 @@ static int are_modes_usual(void)
 /* ---- the call */
 
 typedef struct {
+    unsigned kind, flags;
     PyObject *name, *what;  /* of the function */
     PyObject *link, *wiring;
     PyObject *expected;  /* what the inbox is told: number, site, what */
-    PyObject *handle, *reference, *pointer;
+    PyObject *handle, *pointer; /* of the result, NULL: a question has none */
+    PyObject *borrow;    /* of a question whose answer may lie in the worker's memory, or NULL */
+    PyObject *reference; /* weak, to the handle or the borrow */
+    PyObject *number;
     int writes;
     int was_idle;        /* the worker had nothing to do */
     Py_ssize_t dropped;  /* pointers whose ids go in front */
@@ -123,8 +128,8 @@ typedef struct {
 
 static void forget(Call *call)
 {
-    PyObject *every[] = {call->name,   call->what,      call->link,   call->wiring, call->expected,
-                         call->handle, call->reference, call->pointer};
+    PyObject *every[] = {call->name,    call->what,    call->link,   call->wiring,    call->expected,
+                         call->handle,  call->pointer, call->borrow, call->reference, call->number};
     for (size_t i = 0; i < sizeof every / sizeof *every; i++)
         Py_XDECREF(every[i]);
 }
@@ -202,8 +207,8 @@ static PyObject *caller(void)
     return site;
 }
 
-/* Make all that the call needs; 1: done, 0: not usual, -1: an error. */
-static int make(Call *call, PyObject *cls)
+/* Make what any command needs; 1: done, 0: not usual, -1: an error. */
+static int make(Call *call)
 {
     int is_wired = find_wiring(call->link, &call->wiring);
     PyObject *site = is_wired > 0 ? caller() : NULL;
@@ -211,13 +216,20 @@ static int make(Call *call, PyObject *cls)
         return PyErr_Occurred() ? -1 : 0;
     call->expected = PyTuple_Pack(3, Py_None, site, call->what);
     Py_DECREF(site);
-    if (call->expected != NULL)
-        PyObject_GC_UnTrack(call->expected); /* numbers, text and code: it can be in no cycle */
+    if (call->expected == NULL)
+        return -1;
+    PyObject_GC_UnTrack(call->expected); /* numbers, text and code: it can be in no cycle */
+    return 1;
+}
+
+/* Make what holds the result of a call. */
+static int make_pointer(Call *call, PyObject *cls)
+{
     /* not allocate(): until Python 3.12 it would have a dict of its own */
     call->handle = PyBaseObject_Type.tp_new((PyTypeObject *)handle_class, nothing, NULL);
     call->reference = call->handle == NULL ? NULL : PyWeakref_NewRef(call->handle, NULL);
     call->pointer = allocate(cls, 0);
-    if (call->expected == NULL || call->reference == NULL || call->pointer == NULL
+    if (call->reference == NULL || call->pointer == NULL
         || PyObject_SetAttr(call->handle, s_link, call->link) < 0
         || set_slot(handle_slot, call->pointer, call->handle) < 0
         || set_slot(chain_slot, call->pointer, Py_None) < 0)
@@ -292,7 +304,7 @@ static int write_frees(Call *call, unsigned char *at, Py_ssize_t count)
 }
 
 /* See frames.py. */
-static PyObject *make_frame(Call *call, uint64_t number, const Body *body)
+static PyObject *make_frame(Call *call, const Body *body)
 {
     Py_ssize_t dropped = call->dropped;
     size_t frees = dropped ? 2 + 8 * (size_t)dropped : 0, length = frees + body->used;
@@ -300,12 +312,8 @@ static PyObject *make_frame(Call *call, uint64_t number, const Body *body)
     if (frame == NULL)
         return NULL;
     unsigned char *at = (unsigned char *)PyBytes_AS_STRING(frame);
-    at[0] = (unsigned char)wire.version;
-    at[1] = (unsigned char)wire.kind;
-    write_number(at + 2, wire.keep | (dropped ? wire.frees : 0), 2);
-    write_number(at + 4, length, 4);
-    write_number(at + 8, number, 8);
-    write_number(at + 16, length ^ 0xFFFFFFFF, 4);
+    write_header(at, wire.version, call->kind, call->flags | (dropped ? wire.frees : 0),
+                 PyLong_AsUnsignedLongLong(call->number), length);
     if (dropped && write_frees(call, at + HEADER_BYTES, dropped) < 0)
         Py_CLEAR(frame);
     else
@@ -322,34 +330,47 @@ static int queue(Call *call, PyObject *frame)
     return none == NULL ? -1 : 0;
 }
 
-/* Tell whoever has to know of the call, by its number. */
-static int note(Call *call, PyObject *number)
+/* Tell whoever has to know of the command, by its number. */
+static int note(Call *call)
 {
     Py_DECREF(PyTuple_GET_ITEM(call->expected, 0)); /* None */
-    PyTuple_SET_ITEM(call->expected, 0, Py_NewRef(number));
+    PyTuple_SET_ITEM(call->expected, 0, Py_NewRef(call->number));
     PyObject *none = PyObject_CallOneArg(OF(call, expect), call->expected);
-    int done = -1;
-    if (none != NULL && PyObject_SetAttr(call->handle, s_oid, number) == 0
-        && PyObject_SetAttr(call->handle, s_number, number) == 0)
-        done = PyDict_SetItem(OF(call, handles), number, call->reference);
     Py_XDECREF(none);
-    return done;
+    if (none == NULL)
+        return -1;
+    if (call->handle != NULL)
+        return PyObject_SetAttr(call->handle, s_oid, call->number) < 0
+                       || PyObject_SetAttr(call->handle, s_number, call->number) < 0
+                   ? -1
+                   : PyDict_SetItem(OF(call, handles), call->number, call->reference);
+    return 0;
+}
+
+/* What is asked for is read from now on: see Borrows.begin. */
+static int note_borrow(Call *call)
+{
+    return PyObject_SetAttr(call->borrow, s_query, call->number) < 0
+                   || PyObject_SetAttr(call->borrow, s__among, OF(call, borrows)) < 0
+               ? -1
+               : PyDict_SetItem(OF(call, reading), call->number, call->reference);
 }
 
 static int commit(Call *call, const Body *body)
 {
-    PyObject *outbox = OF(call, outbox), *number = PyIter_Next(OF(call, numbers)), *frame = NULL;
+    PyObject *outbox = OF(call, outbox), *frame = NULL;
     PyObject *executed = PyObject_GetAttr(OF(call, inbox), s_executed);
     PyObject *last = PyObject_GetAttr(outbox, s_last);
     int done = -1;
-    if (number != NULL && executed != NULL && last != NULL
+    call->number = PyIter_Next(OF(call, numbers));
+    if (call->number != NULL && executed != NULL && last != NULL
         && (call->was_idle = PyObject_RichCompareBool(executed, last, Py_GE)) >= 0
-        && (frame = make_frame(call, PyLong_AsUnsignedLongLong(number), body)) != NULL
+        && (frame = make_frame(call, body)) != NULL
         && (!call->writes || add_one(outbox, s_writes) >= 0)
-        && note(call, number) == 0 && add_one(outbox, s_submitted) >= 0
-        && queue(call, frame) == 0 && PyObject_SetAttr(outbox, s_last, number) == 0)
-        done = set_slot(owner_slot, call->pointer, Py_True);
-    Py_XDECREF(number);
+        && note(call) == 0 && add_one(outbox, s_submitted) >= 0 && queue(call, frame) == 0
+        && PyObject_SetAttr(outbox, s_last, call->number) == 0
+        && (call->borrow == NULL || note_borrow(call) == 0))
+        done = call->pointer == NULL ? 0 : set_slot(owner_slot, call->pointer, Py_True);
     Py_XDECREF(frame);
     Py_XDECREF(executed);
     Py_XDECREF(last);
@@ -411,8 +432,8 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
         return NULL;
     }
     Body body;
-    body.used = 0;
-    Call call = {.link = given[1] == Py_None ? NULL : Py_NewRef(given[1]),
+    Call call = {.kind = wire.call, .flags = wire.keep | wire.plain,
+                 .link = given[1] == Py_None ? NULL : Py_NewRef(given[1]),
                  .writes = PyObject_IsTrue(given[5])};
     int done = find_name(&call, given[2], given[4]);
     if (done > 0)
@@ -422,7 +443,9 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
     if (done > 0 && call.link == NULL)
         done = 0;
     if (done > 0)
-        done = make(&call, given[0]);
+        done = make(&call);
+    if (done > 0)
+        done = make_pointer(&call, given[0]);
     if (done > 0)
         done = send(&call, &body);
     if (done > 0)
@@ -432,6 +455,61 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
     return result;
 }
 
+/* ---- questions: whoever asks writes what waits */
+
+PyDoc_STRVAR(ask_doc,
+"ask(function, args, what)\n--\n\n"
+"Ask what a named function gives: the link and the number of the question, or None.");
+
+static PyObject *ask(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    if (count != 3 || !PyUnicode_CheckExact(given[0]) || !PyTuple_CheckExact(given[1])) {
+        PyErr_SetString(PyExc_TypeError, "ask takes what its signature says");
+        return NULL;
+    }
+    Body body;
+    Call call = {.kind = wire.compute, .flags = wire.plain, .what = Py_NewRef(given[2])};
+    int done = are_modes_usual();
+    if (done > 0)
+        done = write_body(&body, given[0], given[1], Py_False, &call.link);
+    if (done > 0 && call.link == NULL)
+        done = 0;
+    if (done > 0)
+        done = make(&call);
+    if (done > 0)
+        done = send(&call, &body);
+    PyObject *result = done < 0    ? NULL
+                       : done == 0 ? Py_NewRef(Py_None)
+                                   : PyTuple_Pack(2, call.link, call.number);
+    forget(&call);
+    return result;
+}
+
+PyDoc_STRVAR(fetch_doc,
+"fetch(link, oid, what, borrow)\n--\n\n"
+"Ask for an object, which `borrow` reads from then on: whether it was asked for.");
+
+static PyObject *fetch(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    if (count != 4 || !PyLong_CheckExact(given[1])) {
+        PyErr_SetString(PyExc_TypeError, "fetch takes what its signature says");
+        return NULL;
+    }
+    Body body;
+    Call call = {.kind = wire.fetch, .flags = wire.plain, .link = Py_NewRef(given[0]),
+                 .what = Py_NewRef(given[2]), .borrow = Py_NewRef(given[3])};
+    int done = begin_pickle(&body) && put_int(&body, given[1]) && put_plain(&body, Py_False)
+               && end_tuple(&body, 2) && end_pickle(&body);
+    if (done > 0)
+        done = make(&call);
+    if (done > 0 && (call.reference = PyWeakref_NewRef(call.borrow, NULL)) == NULL)
+        done = -1;
+    if (done > 0)
+        done = send(&call, &body);
+    forget(&call);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
 PyDoc_STRVAR(prepare_doc,
 "prepare(parts, numbers)\n--\n\n"
 "Give it the parts of the package that it works with, and numbers of the wire; once.");
@@ -439,9 +517,9 @@ PyDoc_STRVAR(prepare_doc,
 static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *parts;
-    if (!PyArg_ParseTuple(args, "O!(IIIIIII)", &PyDict_Type, &parts, &wire.version, &wire.kind,
-                          &wire.keep, &wire.frees, &wire.most_frees, &wire.most_unanswered,
-                          &wire.burst))
+    if (!PyArg_ParseTuple(args, "O!(IIIIIIIIII)", &PyDict_Type, &parts, &wire.version, &wire.call,
+                          &wire.compute, &wire.fetch, &wire.keep, &wire.plain, &wire.frees,
+                          &wire.most_frees, &wire.most_unanswered, &wire.burst))
         return NULL;
     one = PyLong_FromLong(1);
     nothing = PyTuple_New(0);
@@ -451,6 +529,8 @@ static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
 }
 
 static PyMethodDef functions[] = {
+    {"ask", (PyCFunction)(void (*)(void))ask, METH_FASTCALL, ask_doc},
+    {"fetch", (PyCFunction)(void (*)(void))fetch, METH_FASTCALL, fetch_doc},
     {"prepare", prepare, METH_VARARGS, prepare_doc},
     {"submit", (PyCFunction)(void (*)(void))submit, METH_FASTCALL, submit_doc},
     {NULL, NULL, 0, NULL},

@@ -71,7 +71,7 @@ def order(
 
 
 def compute(
-    function: Any,
+    function: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     *,
@@ -79,8 +79,12 @@ def compute(
     timeout: float | None = None,
 ) -> Any:
     """Run ``function`` and wait for its value."""
-    link, message = encode_question(function, args, kwargs or {}, modes(), what)
-    number = link.submit(message, caller(), urgent=True)
+    asked = None if kwargs else flat.ask(function, args, what)
+    if asked is not None:
+        link, number = asked
+    else:
+        link, message = encode_question(function, args, kwargs or {}, modes(), what)
+        number = link.submit(message, caller(), urgent=True)
     return reading.computed(link, number, what, timeout)
 
 

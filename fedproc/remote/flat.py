@@ -1,9 +1,10 @@
-"""Flat calls in one step, where that was compiled. Runs in the parent.
+"""Flat calls and questions in one step, where that was compiled. Runs in the parent.
 
 A call is *flat* when its function has a name and its arguments are pointers and plain values: what
 pipelines are made of. ``_flat.c`` does for it what ``calls``, ``encode``, ``link``, ``outbox`` and
-``making`` do, in a third of the time. It is optional: where there was no C compiler, and for
-whatever is not usual about a call, those are the way.
+``making`` do, in a third of the time, and the same for a question of that kind, and for asking for
+an object. It is optional: where there was no C compiler, and for whatever is not usual about a
+call, those are the way.
 """
 
 import sys
@@ -32,7 +33,7 @@ COMPILED: Final = _flat is not None
 
 
 def _not_compiled(*_: Any) -> None:
-    """No call is taken: all go the general way."""
+    """Nothing is taken: all goes the general way."""
 
 
 def _wire_up(link: Link) -> tuple[Any, ...]:
@@ -44,15 +45,13 @@ def _wire_up(link: Link) -> tuple[Any, ...]:
     lock, trash, frames = outbox.lock, outbox.trash, link.channel._frames
     link.wiring = () if type(link.channel) is not Channel else (
         outbox, inbox, hub, lock.acquire, lock.release, outbox._held, trash, trash.popleft,
-        inbox.expected, inbox.expected.append, outbox.borrows.reading, outbox._numbers,
-        outbox.handles, frames, frames.append, hub._bell.locked,
+        inbox.expected, inbox.expected.append, outbox.borrows, outbox.borrows.reading,
+        outbox._numbers, outbox.handles, frames, frames.append, hub._bell.locked,
     )  # fmt: skip
     return link.wiring
 
 
-def _prepared() -> Any:
-    if _flat is None:
-        return _not_compiled
+def _prepare() -> None:
     parts = {
         "pointer_types": POINTER_TYPES,
         "handle_class": Handle,
@@ -70,15 +69,25 @@ def _prepared() -> Any:
         "get_default_dtype": torch.get_default_dtype,
         "float32": torch.float32,
     }
-    call, keep = commands.KIND[commands.Call], frames.KEEP | frames.PLAIN
-    numbers = (frames.VERSION, call, keep, frames.FREES, frames.MOST_FREES)
-    _flat.prepare(parts, (*numbers, MOST_UNANSWERED, BURST_COMMANDS))
-    return _flat.submit
+    kinds = (commands.KIND[record] for record in (commands.Call, commands.Compute, commands.Fetch))
+    flags = frames.KEEP, frames.PLAIN, frames.FREES
+    limits = frames.MOST_FREES, MOST_UNANSWERED, BURST_COMMANDS
+    _flat.prepare(parts, (frames.VERSION, *kinds, *flags, *limits))
 
 
-submit = _prepared()
+if COMPILED:
+    _prepare()
+submit: Any = _flat.submit if COMPILED else _not_compiled
 """``submit(cls, link, function, args, what, writes, private)``: a pointer of class ``cls``, or
 None, and nothing has changed: it is not flat, or the modes or the link are not as usual.
 
 ``function`` is a name, and ``what`` how a user calls it; or it is a function, and ``what`` None.
+"""
+ask: Any = _flat.ask if COMPILED else _not_compiled
+"""``ask(function, args, what)``: the link and the number of the question what a named function
+gives, or None, and nothing has changed. It is to be written by whoever waits for the answer.
+"""
+fetch: Any = _flat.fetch if COMPILED else _not_compiled
+"""``fetch(link, oid, what, borrow)``: whether an object was asked for, which ``borrow`` reads from
+then on; if not, nothing has changed. It is to be written, too.
 """

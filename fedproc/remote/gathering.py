@@ -9,6 +9,7 @@ from fedproc.errors import ArenaFullError, with_article
 from fedproc.ranges import deadline_of
 from fedproc.remote import reading
 from fedproc.remote.borrows import Borrow
+from fedproc.remote.handle import TakenAway
 from fedproc.remote.link import Link
 from fedproc.remote.pointer import Pointer
 
@@ -60,7 +61,7 @@ def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> lis
     with contextlib.ExitStack() as taken:
         # in one order everywhere: two threads with the same members would wait for each other
         for handle in sorted(handles, key=id):
-            taken.enter_context(handle.taken_away("get", timeout))
+            taken.enter_context(TakenAway(handle, "get", timeout))
         found = _together(pointers, timeout)
         for handle, (_, ids) in zip(handles, found, strict=True):
             handle.brought_home(ids)

@@ -4,10 +4,9 @@ A ``Handle`` says where an object is; all pointers to the object share it, so wh
 follow.
 """
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fedproc.errors import ObjectGoneError
@@ -22,7 +21,7 @@ class Handle:
 
     # What most handles never hold stands here: every command makes one.
     gone: str | None = None  # why it cannot be used any more
-    taken: tuple[int, object] | None = None  # the thread that brings it home or moves it
+    taken: "TakenAway | None" = None  # by the thread that brings it home or moves it
     facts: dict[str, Any] | None = None  # kind, shape ... as last told
     facts_at = -1  # link.outbox.writes when they were
     place: "tuple[Link, int, list[Any]] | None" = None  # see ``reading._lent``
@@ -54,38 +53,6 @@ class Handle:
         if self.gone is not None:
             raise ObjectGoneError(self.gone)
 
-    @contextlib.contextmanager
-    def taken_away(self, what: str, timeout: float | None = None) -> Iterator[None]:
-        """Only one thread at a time brings an object home or moves it; others wait for it.
-
-        Raises:
-            ObjectGoneError: it is gone, perhaps since the other thread has it.
-            CommandTimeoutError: the other thread was not done within ``timeout`` seconds.
-            FedprocError: a signal handler would wait for what it has interrupted.
-        """
-        mine = threading.get_ident(), object()
-        try:
-            while (other := self._take(mine)) is not None:
-                if other[0] == mine[0]:
-                    raise reentered(self.link.name, what)
-                if not self.link.hub.wait_until(lambda: self.taken is None, timeout):
-                    raise late(self.link.name, what, timeout)
-            yield
-        finally:  # also when Ctrl-C came right after it was taken
-            if self.taken is mine:
-                self.taken = None
-                self.link.hub.notify()
-
-    def _take(self, mine: tuple[int, object]) -> tuple[int, object] | None:
-        """Take it, or tell who has it."""
-        self.check()
-        self.link.check()
-        with self.link.outbox.lock:
-            if self.taken is None:
-                self.taken = mine
-                return None
-            return self.taken
-
     def brought_home(self, ids: Iterable[int]) -> None:
         """The value is in this process now; ``ids``: all that the object has in its worker."""
         link, oid = self.link, self.oid
@@ -114,3 +81,50 @@ class Handle:
         """
         if self.gone is None:
             self.link.trash.append(self.oid)
+
+
+class TakenAway:
+    """A block in which this thread brings an object home or moves it; others wait for its end.
+
+    Raises:
+        ObjectGoneError: it is gone, perhaps since the other thread has it.
+        CommandTimeoutError: the other thread was not done within ``timeout`` seconds.
+        FedprocError: a signal handler would wait for what it has interrupted.
+    """
+
+    def __init__(self, handle: Handle, what: str, timeout: float | None = None) -> None:
+        """``what``: the operation, for errors."""
+        self._handle = handle
+        self._what = what
+        self._timeout = timeout
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Wait for who has it, and take it."""
+        handle, link = self._handle, self._handle.link
+        try:
+            while (other := self._take()) is not None:
+                if other._thread == self._thread:
+                    raise reentered(link.name, self._what)
+                if not link.hub.wait_until(lambda: handle.taken is None, self._timeout):
+                    raise late(link.name, self._what, self._timeout)
+        except BaseException:  # also when Ctrl-C came right after it was taken
+            self.__exit__()
+            raise
+
+    def _take(self) -> "TakenAway | None":
+        """Take it, or tell who has it."""
+        handle = self._handle
+        handle.check()
+        handle.link.check()
+        with handle.link.outbox.lock:
+            if handle.taken is None:
+                handle.taken = self
+                return None
+            return handle.taken
+
+    def __exit__(self, *_: object) -> None:
+        """Let others have it."""
+        if self._handle.taken is self:
+            self._handle.taken = None
+            self._handle.link.hub.notify()

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedproc.memory.undisturbed import undisturbed
 from fedproc.remote.borrows import Borrow
-from fedproc.remote.handle import Handle
+from fedproc.remote.handle import Handle, TakenAway
 from fedproc.remote.lending import free_to_write, give_back, lend
 from fedproc.remote.link import Link
 from fedproc.remote.message import plain
@@ -33,7 +33,7 @@ def move(handle: Handle, target: Link, *, slot: int = 0) -> None:
         ArenaFullError: no room there; it stays where it was.
     """
     site = caller()
-    with handle.taken_away("move"):
+    with TakenAway(handle, "move"):
         source = handle.link
         if target is source and not slot:
             return

@@ -186,8 +186,8 @@ class Outbox:
     def holds_back(self, number: int) -> bool:
         """Whether command ``number`` waits for the end of a borrow; needs no lock."""
         try:
-            return number >= self._held[0][0]
-        except IndexError:
+            return bool(self._held) and number >= self._held[0][0]
+        except IndexError:  # since the look
             return False
 
     def go_on(self) -> None:

@@ -18,7 +18,7 @@ from fedproc.errors import (
 )
 from fedproc.remote import reading
 from fedproc.remote.encode import POINTER_TYPES
-from fedproc.remote.handle import Handle
+from fedproc.remote.handle import Handle, TakenAway
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -147,7 +147,7 @@ class Pointer(metaclass=Kind):
 
             return take_apart(self)
         handle = self._handle
-        with handle.taken_away("get", timeout):
+        with TakenAway(handle, "get", timeout):
             value, ids = reading.taken(handle, timeout)
             handle.brought_home(ids)
         return value

@@ -15,6 +15,7 @@ from fedproc.memory.copying import fresh
 from fedproc.memory.records import put_together
 from fedproc.memory.tensors import Place, Table, place_bytes, read_place, rebuild
 from fedproc.remade import attributes
+from fedproc.remote import flat
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import Handle
 from fedproc.remote.herald import executed
@@ -38,7 +39,11 @@ def start(link: Link, handle: Handle, what: str) -> Borrow:
     ``link``: of the handle, which another thread may move meanwhile: the answer comes from there.
     """
     borrow = Borrow(scoped=False)
-    _ask(link, borrow, handle, what)
+    handle.check()
+    if flat.fetch(link, handle.oid, what, borrow):
+        link.flush()
+    else:
+        _ask(link, borrow, handle, what)
     return borrow
 
 

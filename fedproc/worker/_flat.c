@@ -1,34 +1,37 @@
-/* Executing a flat call: a named function on objects of this worker and plain values.
+/* Executing a flat call: a named function on objects of this worker and plain values; and answering
+ * what one gives, or with a plain object.
  *
  * What Loop.execute, Host.decode, handlers.call, running.run and ObjectStore.add do, in one step,
  * for the call that pipelines are made of: public objects, the usual modes, a function that writes
- * nothing or that has no object at hand. Any other is theirs: `execute` then has done no more than
- * the frees in front of the call, which may be done twice. What goes wrong in the call, it raises.
+ * nothing or that has no object at hand; for questions what handlers.compute, handlers.fetch and
+ * leaving.answer do. Any other is theirs: `execute` then has done no more than the frees in front of
+ * the command, which may be done twice. What goes wrong in the call, it raises.
  */
 
 /* Objects of the package, given once by fedproc/worker/flat.py. */
 #define GIVEN(X) \
     X(loads) X(about) X(usual) X(is_grad_enabled) X(get_default_dtype) X(is_any_autocast_enabled) \
-    X(increment_nesting) X(decrement_nesting) X(float32) X(result_domain) X(entry_class) \
+    X(increment_nesting) X(decrement_nesting) X(float32) X(result_domain) X(answer) X(entry_class) \
     X(domain_class) X(tensor_class) X(no_tags) X(no_text) X(wire_up) X(value_slot) X(ids_slot) \
     X(domain_slot) X(tags_slot) X(description_slot) X(open_shape_slot) X(private_slot) \
     X(sources_slot) X(tainted_slot)
 
 /* Objects of a loop. */
-#define WIRING(X) X(host) X(store) X(by_id) X(by_object) X(done)
+#define WIRING(X) X(host) X(store) X(by_id) X(by_object) X(done) X(append)
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(_last) X(_owner) X(_running) X(_unreported) X(add) X(commands) X(data_ptr) X(free) X(here) \
+    X(_last) X(_owner) X(_reported) X(_running) X(_unreported) X(add) X(commands) X(data_ptr) X(free) X(here) \
     X(private) X(registered) X(remove) X(require_process) X(stopped) X(untyped_storage) X(wiring)
 
 #include "../wire/_compiled.h"
+#include "../wire/_body.h"
 #include "_fields.h"
 
 #include <time.h>
 
 static struct {
-    unsigned plain, keep, frees, kind, report_commands;
+    unsigned version, call, compute, fetch, value, keep, plain, frees, report_commands;
     double report_seconds;
 } wire;
 static PyObject *named_private; /* ("private",): how result_domain is given False */
@@ -37,17 +40,20 @@ static PyObject *zero, *known; /* known: name -> what `about` says of it */
 typedef struct {
     PyObject *loop, *frame;  /* borrowed */
     PyObject *wiring;
-    PyObject *fields;    /* function, arguments, {}, modes, private, places of ids among arguments */
+    PyObject *fields;    /* function, arguments, {}, modes, private or folding, places of ids among
+                            the arguments; of a fetch: id, whether lent */
     PyObject *args;      /* the arguments with the objects in their places */
     PyObject *used;      /* list of the entries of these objects */
     PyObject *function;
+    PyObject *answer;    /* to a fetch */
     int is_pure;
-    unsigned flags;
+    unsigned kind, flags;
 } Call;
 
 static void forget(Call *call)
 {
-    PyObject *every[] = {call->wiring, call->fields, call->args, call->used, call->function};
+    PyObject *every[] = {call->wiring, call->fields,   call->args,
+                         call->used,   call->function, call->answer};
     for (size_t i = 0; i < sizeof every / sizeof *every; i++)
         Py_XDECREF(every[i]);
 }
@@ -83,7 +89,7 @@ static Py_ssize_t do_frees(PyObject *objects, PyObject *body)
 
 /* ---- reading */
 
-/* 1: read, 0: not a flat call, -1: an error. */
+/* 1: read, -1: an error. */
 static int read_fields(Call *call, PyObject *body)
 {
     Py_ssize_t start = call->flags & wire.frees ? do_frees(OF(call, store), body) : 0;
@@ -96,10 +102,13 @@ static int read_fields(Call *call, PyObject *body)
         PyObject *pickled = PyBytes_FromStringAndSize(bytes, size);
         call->fields = pickled == NULL ? NULL : PyObject_CallOneArg(loads, pickled);
         Py_XDECREF(pickled);
-        if (call->fields == NULL)
-            return -1;
     }
-    PyObject *fields = call->fields;
+    return call->fields == NULL ? -1 : 1;
+}
+
+/* Whether these are the fields of a flat call or question. */
+static int are_flat(PyObject *fields)
+{
     return PyTuple_CheckExact(fields) && PyTuple_GET_SIZE(fields) == 6
            && PyUnicode_CheckExact(PyTuple_GET_ITEM(fields, 0))
            && PyTuple_CheckExact(PyTuple_GET_ITEM(fields, 1))
@@ -126,18 +135,25 @@ static int is_public(PyObject *entry)
     return public;
 }
 
+/* Find the entry of an id, borrowed; 1: done, 0: there is none, or it is not public, -1: an error. */
+static int find_entry(Call *call, PyObject *id, PyObject **entry)
+{
+    *entry = PyDict_GetItemWithError(OF(call, by_id), id);
+    if (*entry == NULL || (PyObject *)Py_TYPE(*entry) != entry_class)
+        return PyErr_Occurred() ? -1 : 0;
+    return is_public(*entry);
+}
+
 /* Put the object into the place of its id; 1: done, 0: not usual, -1: an error. */
 static int fill(Call *call, PyObject *place)
 {
     Py_ssize_t at = PyLong_AsSsize_t(place);
     if (at < 0 || at >= PyTuple_GET_SIZE(call->args))
         return PyErr_Occurred() ? -1 : 0;
-    PyObject *entry = PyDict_GetItemWithError(OF(call, by_id), PyTuple_GET_ITEM(call->args, at));
-    if (entry == NULL || (PyObject *)Py_TYPE(entry) != entry_class)
-        return PyErr_Occurred() ? -1 : 0;
-    int public = is_public(entry);
-    if (public <= 0)
-        return public;
+    PyObject *entry;
+    int found = find_entry(call, PyTuple_GET_ITEM(call->args, at), &entry);
+    if (found <= 0)
+        return found;
     PyObject *value = get_slot(value_slot, entry);
     if (value == NULL || PyList_Append(call->used, entry) < 0) {
         Py_XDECREF(value);
@@ -351,6 +367,61 @@ static int keep(Call *call, PyObject *id, PyObject *value)
     return done;
 }
 
+/* ---- answering */
+
+/* The answer with a plain value, and the ids that it has, if they are asked for; a new reference.
+ * NULL without an error: it is not plain, or there is no room here. See leaving.answer. */
+static PyObject *make_answer(Call *call, PyObject *value, PyObject *ids)
+{
+    Body body;
+    Py_ssize_t count = ids == NULL ? 0 : PyList_GET_SIZE(ids);
+    int is_written = begin_pickle(&body) && put_number(&body, 'K', wire.plain, 1)
+                     && put_plain(&body, value) && (ids == NULL || begin_tuple(&body, count));
+    for (Py_ssize_t i = 0; is_written && i < count; i++)
+        is_written = put_int(&body, PyList_GET_ITEM(ids, i));
+    if (is_written && ids != NULL)
+        is_written = end_tuple(&body, count);
+    if (!is_written || !end_tuple(&body, ids == NULL ? 2 : 3) || !end_tuple(&body, 1)
+        || !end_pickle(&body))
+        return NULL;
+    PyObject *frame = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(HEADER_BYTES + body.used));
+    if (frame != NULL) {
+        unsigned char *at = (unsigned char *)PyBytes_AS_STRING(frame);
+        uint64_t number = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(call->frame, 2));
+        write_header(at, wire.version, wire.value, wire.plain, number, body.used);
+        memcpy(at + HEADER_BYTES, body.bytes, body.used);
+    }
+    return frame;
+}
+
+/* Find the object that is fetched, and answer with it; 1: done, 0: it is not plain, or not public,
+ * or is to be lent, -1: an error. */
+static int find_object(Call *call)
+{
+    PyObject *fields = call->fields, *entry;
+    if (!PyTuple_CheckExact(fields) || PyTuple_GET_SIZE(fields) != 2
+        || PyTuple_GET_ITEM(fields, 1) != Py_False)
+        return 0;
+    int found = find_entry(call, PyTuple_GET_ITEM(fields, 0), &entry);
+    if (found <= 0)
+        return found;
+    PyObject *value = get_slot(value_slot, entry), *ids = get_slot(ids_slot, entry);
+    if (value != NULL && ids != NULL)
+        call->answer = make_answer(call, value, ids);
+    Py_XDECREF(value);
+    Py_XDECREF(ids);
+    return call->answer != NULL ? 1 : PyErr_Occurred() ? -1 : 0;
+}
+
+/* The answer is on its way, and with it is told how far this loop is. */
+static int note_answered(Call *call)
+{
+    return PyObject_SetAttr(call->loop, s__running, Py_None) < 0
+                   || PyObject_SetAttr(call->loop, s__reported, PyTuple_GET_ITEM(call->frame, 2)) < 0
+               ? -1
+               : PyObject_SetAttr(call->loop, s__unreported, zero);
+}
+
 /* ---- the call */
 
 /* 1: this loop executes such frames, 0: it does not, or not this one, -1: an error. */
@@ -408,7 +479,7 @@ static double seconds(void)
 }
 
 /* Call the function and keep what it gives: whether the parent should be told now; -1: an error. */
-static int run(Call *call)
+static int run_call(Call *call)
 {
     double started = seconds();
     long long unreported = note_begin(call);
@@ -427,6 +498,43 @@ static int run(Call *call)
            || seconds() - started > wire.report_seconds;
 }
 
+/* Call the function and answer with what it gives; -1: an error. */
+static int run_question(Call *call)
+{
+    if (note_begin(call) < 0)
+        return -1;
+    PyObject *result = PyObject_Call(call->function, call->args, NULL);
+    PyObject *frame = result == NULL ? NULL : make_answer(call, result, NULL), *none = NULL;
+    if (frame != NULL)
+        none = PyObject_CallOneArg(OF(call, append), frame);
+    else if (result != NULL && !PyErr_Occurred())
+        none = PyObject_CallFunctionObjArgs(answer, OF(call, host),
+                                            PyTuple_GET_ITEM(call->frame, 2), result, NULL);
+    Py_XDECREF(result);
+    Py_XDECREF(frame);
+    Py_XDECREF(none);
+    return none == NULL || require_process(call) < 0 ? -1 : note_answered(call);
+}
+
+/* Answer with an object, which is in the answer already; -1: an error. */
+static int run_fetch(Call *call)
+{
+    if (note_begin(call) < 0)
+        return -1;
+    PyObject *none = PyObject_CallOneArg(OF(call, append), call->answer);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : note_answered(call);
+}
+
+/* Whether the parent should be told now; -1: an error. */
+static int run(Call *call)
+{
+    if (call->kind == wire.call)
+        return run_call(call);
+    int done = call->kind == wire.fetch ? run_fetch(call) : run_question(call);
+    return done < 0 ? -1 : 1;
+}
+
 /* What went wrong before it was called is told of as its error, too. */
 static void note_failed(Call *call)
 {
@@ -437,9 +545,21 @@ static void note_failed(Call *call)
     PyErr_Restore(type, error, trace);
 }
 
+/* Find all that a command refers to; 1: done, 0: it is not flat, or not usual, -1: an error. */
+static int understand(Call *call)
+{
+    if (call->kind == wire.fetch)
+        return find_object(call);
+    int is_flat = are_flat(call->fields);
+    if (is_flat)
+        is_flat = fill_all(call);
+    return is_flat > 0 ? find(call) : is_flat;
+}
+
 PyDoc_STRVAR(execute_doc,
 "execute(loop, frame)\n--\n\n"
-"Execute the command in a frame if it is a flat call: None if not, else whether to report.");
+"Execute the command in a frame if it is a flat call or question: None if not, else whether to "
+"report.");
 
 static PyObject *execute(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
@@ -449,9 +569,9 @@ static PyObject *execute(PyObject *Py_UNUSED(module), PyObject *const *given, Py
         return NULL;
     }
     Call call = {.loop = given[0], .frame = given[1]};
-    unsigned kind = (unsigned)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(call.frame, 0));
+    call.kind = (unsigned)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(call.frame, 0));
     call.flags = (unsigned)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(call.frame, 1));
-    int is_flat = kind == wire.kind
+    int is_flat = (call.kind == wire.call || call.kind == wire.compute || call.kind == wire.fetch)
                   && (call.flags | wire.keep | wire.frees) == (wire.plain | wire.keep | wire.frees);
     if (is_flat)
         is_flat = begin(&call);
@@ -459,9 +579,7 @@ static PyObject *execute(PyObject *Py_UNUSED(module), PyObject *const *given, Py
     if (is_flat > 0)
         is_flat = read_fields(&call, PyTuple_GET_ITEM(call.frame, 3));
     if (is_flat > 0)
-        is_flat = fill_all(&call);
-    if (is_flat > 0)
-        is_flat = find(&call);
+        is_flat = understand(&call);
     if (is_flat < 0 && has_begun)
         note_failed(&call);
     int done = is_flat > 0 ? run(&call) : is_flat;
@@ -478,8 +596,9 @@ PyDoc_STRVAR(prepare_doc,
 static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *parts;
-    if (!PyArg_ParseTuple(args, "O!(IIIIId)", &PyDict_Type, &parts, &wire.plain, &wire.keep,
-                          &wire.frees, &wire.kind, &wire.report_commands, &wire.report_seconds))
+    if (!PyArg_ParseTuple(args, "O!(IIIIIIIIId)", &PyDict_Type, &parts, &wire.version, &wire.call,
+                          &wire.compute, &wire.fetch, &wire.value, &wire.keep, &wire.plain,
+                          &wire.frees, &wire.report_commands, &wire.report_seconds))
         return NULL;
     if (take_parts(parts) < 0)
         return NULL;

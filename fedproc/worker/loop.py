@@ -140,8 +140,8 @@ class Loop:
             report = _execute_flat(self, frame)
         except BaseException as error:  # noqa: BLE001 - answers the request: nothing may end the loop
             self._fail(frame, error)
-            self._running, self._host.arena.done[0] = None, self._last
-            report = self._unreported >= REPORT_COMMANDS
+            self._note_executed(frame, late=False)
+            return
         if report is None:
             self._execute(frame)
         elif report:
@@ -164,14 +164,19 @@ class Loop:
             host.require_process(None)
         except BaseException as error:  # noqa: BLE001 - as above
             self._fail(frame, error)
-        host.trouble = self._running = None
+        host.trouble = None
         host.used.clear()
-        if _QUERY[frame.kind]:
+        self._note_executed(frame, late=time.perf_counter() - started > REPORT_SECONDS)
+
+    def _note_executed(self, frame: Frame, *, late: bool) -> None:
+        """A command is done, or has failed. The parent is told when it took long (``late``)."""
+        self._running = None
+        if _QUERY[frame.kind]:  # done when its answer has come
             self._reported, self._unreported = frame.sequence, 0
-            _flush(host)
-            return  # a query is done when its answer has come
-        host.arena.done[0] = self._last  # also if it is killed before it could tell
-        if self._unreported >= REPORT_COMMANDS or time.perf_counter() - started > REPORT_SECONDS:
+            _flush(self._host)
+            return
+        self._host.arena.done[0] = self._last  # also if it is killed before it could tell
+        if late or self._unreported >= REPORT_COMMANDS:
             self._report()
 
     def _handle(self, frame: Frame) -> None:

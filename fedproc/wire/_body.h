@@ -1,6 +1,6 @@
-/* The body of a flat call: the pickle, protocol 5, of (function, arguments, {}, None, private,
- * places of pointers), written without a pickler, which costs more than all the rest of a call.
- * What it has no room or no code for is left to pickle: then 0 is returned. */
+/* Small messages: the pickle, protocol 5, of plain values and tuples of them, written without a
+ * pickler, which costs more than all the rest of a call; and the header in front of it. What it has
+ * no room or no code for is left to pickle: then 0 is returned. */
 
 #ifndef FEDPROC_BODY_H
 #define FEDPROC_BODY_H
@@ -13,6 +13,20 @@ typedef struct {
     unsigned char bytes[MOST_BODY_BYTES];
     size_t used;
 } Body;
+
+#define HEADER_BYTES 20
+
+/* See frames.py. */
+static void write_header(unsigned char *at, unsigned version, unsigned kind, unsigned flags,
+                         uint64_t number, size_t length)
+{
+    at[0] = (unsigned char)version;
+    at[1] = (unsigned char)kind;
+    write_number(at + 2, flags, 2);
+    write_number(at + 4, length, 4);
+    write_number(at + 8, number, 8);
+    write_number(at + 16, length ^ 0xFFFFFFFF, 4);
+}
 
 /* Room for more, or 0: it becomes a message that is not written here. */
 static unsigned char *room(Body *body, size_t count)
@@ -94,6 +108,14 @@ static int end_tuple(Body *body, Py_ssize_t count)
 }
 
 static int begin_tuple(Body *body, Py_ssize_t count) { return count < 4 || put_code(body, '('); }
+
+static int begin_pickle(Body *body)
+{
+    body->used = 0;
+    return put(body, "\x80\x05", 2);
+}
+
+static int end_pickle(Body *body) { return put_code(body, '.'); }
 
 /* 1: written, 0: not one of these. */
 static int put_plain(Body *body, PyObject *value)
