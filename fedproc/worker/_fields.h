@@ -1,4 +1,4 @@
-/* The fields of a flat call, read without an unpickler: what remote/_body.h writes, and no more.
+/* The fields of a flat call, read without an unpickler: what wire/_body.h writes, and no more.
  * A pickle with anything else in it is left to pickle: then NULL is returned without an error. */
 
 #ifndef FEDPROC_FIELDS_H

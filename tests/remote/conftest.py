@@ -24,25 +24,53 @@ def quiet_cluster(shared_cluster, monkeypatch):
 
 
 @pytest.fixture
-def sent(bob, monkeypatch):
-    """Frames of the calls that were sent to bob, in order."""
+def recording(bob, monkeypatch):
+    """All that is sent to bob."""
     recording = Recording(bob.link.channel._frames)
     monkeypatch.setattr(bob.link.channel, "_frames", recording)
     monkeypatch.setattr(bob.link, "wiring", None)  # it has the queue that was there
+    return recording
+
+
+@pytest.fixture
+def sent(recording):
+    """Frames of the calls that were sent to bob, in order."""
     return recording.seen
+
+
+@pytest.fixture
+def asked(recording):
+    """The same of questions and of fetches."""
+    return recording.asked
+
+
+def _watch(link, monkeypatch, names):
+    told = []
+
+    def watch(name):
+        way = getattr(flat, name)
+
+        def watched(*args):
+            before = state(link)
+            made = way(*args)
+            told.append(bool(made) if name == "fetch" else made is not None)
+            assert told[-1] or state(link) == before
+            return made
+
+        monkeypatch.setattr(flat, name, watched)
+
+    for name in names:
+        watch(name)
+    return told
 
 
 @pytest.fixture
 def ways(bob, monkeypatch):
     """Whether each call was taken by the compiled way; one that was not has changed nothing."""
-    told, submit = [], flat.submit
+    return _watch(bob.link, monkeypatch, ["submit"])
 
-    def watched(*args):
-        before = state(bob.link)
-        made = submit(*args)
-        told.append(made is not None)
-        assert made is not None or state(bob.link) == before
-        return made
 
-    monkeypatch.setattr(flat, "submit", watched)
-    return told
+@pytest.fixture
+def asked_ways(bob, monkeypatch):
+    """The same of questions and of fetches."""
+    return _watch(bob.link, monkeypatch, ["ask", "fetch"])

@@ -10,6 +10,7 @@ from fedproc.remote import flat
 from fedproc.wire import commands, frames
 
 CALL = commands.KIND[commands.Call]
+QUESTIONS = commands.KIND[commands.Compute], commands.KIND[commands.Fetch]
 
 
 def take(*args):
@@ -18,23 +19,26 @@ def take(*args):
 
 
 class Recording(collections.deque):
-    """The queue of a channel; the frames of calls are kept."""
+    """The queue of a channel; the frames of calls and of questions are kept."""
 
     def __init__(self, frames_so_far):
         super().__init__(frames_so_far)
-        self.seen = []
+        self.seen, self.asked = [], []
 
     def append(self, frame):
         found, _ = frames.cut(frame, 0)
         if found.kind == CALL:
             self.seen.append(found)
+        if found.kind in QUESTIONS:
+            self.asked.append(found)
         super().append(frame)
 
 
 def generally(action):
     """What the action gives without the compiled way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "submit", lambda *_: None)
+        for name in ("submit", "ask", "fetch"):
+            patch.setattr(flat, name, lambda *_: None)
         return action()
 
 

@@ -19,6 +19,10 @@ from fedproc.worker.store import Domain, Entry
 
 needs_compiled = pytest.mark.skipif(flat._flat is None, reason="the compiled way was not built")
 CALL = commands.KIND[commands.Call]
+COMPUTE = commands.KIND[commands.Compute]
+FETCH = commands.KIND[commands.Fetch]
+VALUE = commands.KIND[commands.Value]
+REFUSAL = commands.KIND[commands.Refusal]
 FAILED = commands.KIND[commands.Failed]
 DONE = commands.KIND[commands.Done]
 OURS = re.compile(r'Traceback.*\n|  File ".*/fedproc/wire/.*\n    .*\n( +[~^]+\n)?')
@@ -88,12 +92,19 @@ class Pair:
         fields = (name, args, {}, modes, private, ids)
         return self.give(pickled(fields), flags=flags, frees=frees)
 
-    def give(self, body, *, flags=frames.KEEP, frees=(), number=None):
+    def ask(self, name, *args, ids=(), frees=(), modes=None, folding=False):
+        fields = (name, args, {}, modes, folding, ids)
+        return self.give(pickled(fields), kind=COMPUTE, flags=0, frees=frees)
+
+    def fetch(self, oid, *, lent=False, frees=()):
+        return self.give(pickled((oid, lent)), kind=FETCH, flags=0, frees=frees)
+
+    def give(self, body, *, kind=CALL, flags=frames.KEEP, frees=(), number=None):
         if number is None:
             self.number += 1
             number = self.number
         flags |= frames.PLAIN | (frames.FREES if frees else 0)
-        frame = frames.Frame(CALL, flags, number, frames.with_frees(frees, body) if frees else body)
+        frame = frames.Frame(kind, flags, number, frames.with_frees(frees, body) if frees else body)
         self.compiled.loop.execute(frame)
         after = modes()
         self.general.loop._execute(frame)
@@ -112,6 +123,13 @@ class Pair:
         """(number, cause, name and message of the error) of all that failed."""
         told = [(n, *fields) for kind, n, fields in self.compiled.told() if kind == FAILED]
         return [(n, cause, f and f"{f.name}: {f.message}") for n, cause, f in told]
+
+    def answers(self, number):
+        """What each of the two has answered: the fields of its last reply."""
+        for side in (self.compiled, self.general):
+            kind, to, fields = side.told()[-1]
+            assert (kind, to) == (VALUE, number)
+            yield fields[0]
 
     @property
     def left(self):

@@ -190,14 +190,17 @@ NAMES = {
 ID = st.integers(1, 12)
 OPERAND = ID.map(lambda n: (n, True)) | st.sampled_from([(1, False), (0.5, False)])
 FREES = st.lists(ID | ID.map(lambda n: n | frames.WHOLE), max_size=2)
-STEP = st.integers(1, 2).flatmap(
-    lambda n: st.tuples(
-        st.sampled_from(NAMES[n]),
-        st.lists(OPERAND, min_size=n, max_size=n),
-        FREES,
-        st.sampled_from([0, frames.KEEP, frames.KEEP, frames.KEEP]),
+STEP = (
+    st.integers(1, 2).flatmap(
+        lambda n: st.tuples(
+            st.sampled_from(NAMES[n]),
+            st.lists(OPERAND, min_size=n, max_size=n),
+            FREES,
+            st.sampled_from([0, frames.KEEP, frames.KEEP, frames.KEEP, "asked"]),
+        )
     )
-)
+    | ID
+)  # it is fetched
 
 
 @settings(max_examples=150)
@@ -208,11 +211,17 @@ def test_both_ways_make_the_same_of_any_calls(steps):
             for kind in (three, lambda: torch.ones(2, 2), lambda: [three(), 5], lambda: 3):
                 pair.put(kind)
             pair.put(three, private=True)
-            for name, operands, frees, flags in steps:
+            for step in steps:
+                if isinstance(step, int):
+                    pair.fetch(step)
+                    continue
+                name, operands, frees, flags = step
                 ids = tuple(place for place, (_, is_id) in enumerate(operands) if is_id)
-                pair.call(
-                    name, *(value for value, _ in operands), ids=ids, frees=frees, flags=flags
-                )
+                args = [value for value, _ in operands]
+                if flags == "asked":
+                    pair.ask(name, *args, ids=ids, frees=frees)
+                else:
+                    pair.call(name, *args, ids=ids, frees=frees, flags=flags)
 
 
 # ---- registered functions
