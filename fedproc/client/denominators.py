@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
+from torch.nn._reduction import legacy_get_string
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     Terms = Callable[[Tensor, Tensor], tuple[float, float]]
 
-_MODULES: Final = (nn.CrossEntropyLoss, nn.NLLLoss)
+_FORWARDS: Final = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)  # also of subclasses
 _FUNCTIONS: Final = (nn.functional.cross_entropy, nn.functional.nll_loss)
 _IGNORED: Final = -100  # by default
 
@@ -35,15 +36,24 @@ def told(loss: Loss, name: str) -> Any:
     return told(loss.func, name) if own is None else own
 
 
+def told_reduction(loss: Loss) -> str | None:
+    """Returns how a loss says that it reduces the rows, or None; also in torch's former words."""
+    former = told(loss, "size_average"), told(loss, "reduce")
+    if isinstance(loss, functools.partial) and former != (None, None):
+        return legacy_get_string(*former, emit_warning=False)
+    said: str | None = told(loss, "reduction")
+    return said
+
+
 def is_sum(loss: Loss) -> bool:
     """Tells whether a loss says that it is the sum over the rows."""
-    return bool(told(loss, "reduction") == "sum")
+    return told_reduction(loss) == "sum"
 
 
 def ignored_target(loss: Loss) -> int | None:
     """Returns the target that a loss of torch's leaves out of its mean, or None."""
     called = loss.func if isinstance(loss, functools.partial) else loss
-    if called not in _FUNCTIONS and type(loss) not in _MODULES:
+    if called not in _FUNCTIONS and getattr(type(loss), "forward", None) not in _FORWARDS:
         return None
     ignored = told(loss, "ignore_index")
     return _IGNORED if ignored is None else int(ignored)
@@ -72,7 +82,7 @@ def terms_of(loss: Loss) -> Terms:
         return float(loss(outputs, targets)) * rows, rows
 
     ignored, weight = ignored_target(loss), told(loss, "weight")
-    if ignored is None or told(loss, "reduction") not in (None, "mean"):
+    if ignored is None or told_reduction(loss) not in (None, "mean"):
         return of_rows
 
     def of_labels(outputs: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -91,7 +101,7 @@ def _summing(loss: Loss) -> Loss:
         made = copy.copy(loss)
         made.reduction = "sum"  # type: ignore[assignment]
         return made
-    return functools.partial(loss, reduction="sum")  # type: ignore[call-arg]
+    return functools.partial(loss, reduction="sum", size_average=None, reduce=None)  # type: ignore[call-arg]
 
 
 def _counts(targets: Tensor, ignored: int, weight: Tensor | None) -> Tensor:

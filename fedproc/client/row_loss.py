@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedproc.client.denominators import ignored_target, is_sum, told
+from fedproc.client.denominators import ignored_target, is_sum, told_reduction
 
 if TYPE_CHECKING:
     from fedproc.client.gradients import Loss
@@ -69,7 +69,7 @@ def checked_loss(loss: Loss) -> None:
             "is no mean of the losses of the rows; leave the weights out, use reduction='sum', or "
             "vectorize=False"
         )
-    reduction = told(loss, "reduction")
+    reduction = told_reduction(loss)
     if reduction not in (None, "mean", "sum", _OF_ROWS):
         raise NotVectorizableError(
             f"the loss has reduction={reduction!r}: vectorize needs 'mean' or 'sum'"
@@ -155,7 +155,7 @@ def reduction_of(
             "vectorize=False"
         )
     scale = float(each.abs().sum())
-    said = told(losses[0], "reduction")
+    said: Any = told_reduction(losses[0])
     wanted = wanted or ("mean" if said == _OF_ROWS else said)
     makes: dict[Reduction, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}
     for reduction, make in makes.items():

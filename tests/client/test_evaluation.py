@@ -21,6 +21,17 @@ def squares(outputs, targets):
 squares.reduction = "sum"
 
 
+class Named(CE):
+    """A subclass that computes what its base does."""
+
+
+class Doubled(nn.NLLLoss):
+    """A subclass with a mean of its own: over the rows."""
+
+    def forward(self, outputs, targets):
+        return 2 * F.nll_loss(outputs, targets, reduction="sum") / len(outputs)
+
+
 def world(*inner, rows=23):
     """A model of doubles with outputs (rows, 4, *inner), and rows; those from 4 to 8 are 2."""
     draw = torch.Generator().manual_seed(0)
@@ -36,6 +47,10 @@ def evaluated(model, rows, loss):
     return combine(evaluate_chunks(model, rows, loss, 4), len(rows[0])).loss
 
 
+former_words = pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+
+
+@former_words
 @pytest.mark.parametrize("inner", [(), (3,)], ids=["labels", "sequences"])
 @pytest.mark.parametrize(
     "loss",
@@ -45,6 +60,8 @@ def evaluated(model, rows, loss):
         CE(weight=WEIGHT),
         CE(weight=WEIGHT, ignore_index=1, label_smoothing=0.1),
         nn.NLLLoss(weight=WEIGHT, ignore_index=0),
+        Named(weight=WEIGHT, ignore_index=2),
+        functools.partial(F.cross_entropy, size_average=True, ignore_index=2),
         F.cross_entropy,
         functools.partial(F.cross_entropy, weight=WEIGHT, ignore_index=2),
         functools.partial(F.nll_loss, ignore_index=2),
@@ -58,19 +75,31 @@ def test_chunks_add_up_to_the_loss_of_all_rows(loss, inner):
     assert evaluated(model, (x, y), loss) == pytest.approx(expected, rel=1e-14)
 
 
+@former_words
 @pytest.mark.parametrize(
     "loss",
     [
         CE(reduction="sum"),
         CE(reduction="sum", weight=WEIGHT, ignore_index=2),
         functools.partial(F.cross_entropy, reduction="sum"),
+        functools.partial(F.cross_entropy, size_average=False, ignore_index=2),
+        functools.partial(F.mse_loss, size_average=False, reduce=True),
         squares,
     ],
     ids=str,
 )
 def test_a_loss_that_is_a_sum_becomes_the_mean_of_the_rows(loss):
     model, x, y = world()
+    if getattr(loss, "func", None) is F.mse_loss:
+        y = F.one_hot(y, 4).double()
     expected = loss(model(x), y).item() / 23
+    assert evaluated(model, (x, y), loss) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_a_mean_over_the_rows():
+    model, x, y = world()
+    loss = Doubled(ignore_index=2)
+    expected = loss(model(x), y).item()
     assert evaluated(model, (x, y), loss) == pytest.approx(expected, rel=1e-14)
 
 
