@@ -11,6 +11,7 @@ from fedproc.remote import reading
 from fedproc.remote.borrows import Borrow
 from fedproc.remote.handle import TakenAway
 from fedproc.remote.link import Link
+from fedproc.remote.outbox import BURST_COMMANDS
 from fedproc.remote.pointer import Pointer
 
 
@@ -71,7 +72,7 @@ def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> lis
 def _together(pointers: Sequence[Pointer], timeout: float | None) -> list[tuple[Any, Any]]:
     """Value and ids of every object."""
     deadline = deadline_of(timeout)
-    asked = [_ask(pointer) for pointer in pointers]
+    asked = _ask_all(pointers)
     found = [_gathered(one, deadline) for one in asked]
     for place, one in enumerate(found):
         # All together had no room in the worker's memory; the others have left by now.
@@ -116,12 +117,23 @@ class _Asked(NamedTuple):
         return self.link, self.link.failures.cause(self.oid)
 
 
+def _ask_all(pointers: Sequence[Pointer]) -> "list[_Asked | _Failed]":
+    """Ask for all; what is asked is written in bursts, so that workers begin with the first."""
+    asked: list[_Asked | _Failed] = []
+    for start in range(0, len(pointers), BURST_COMMANDS):
+        burst = [_ask(pointer) for pointer in pointers[start : start + BURST_COMMANDS]]
+        for link in {one.link for one in burst if isinstance(one, _Asked)}:
+            link.flush()
+        asked += burst
+    return asked
+
+
 def _ask(pointer: Pointer) -> "_Asked | _Failed":
     try:
         handle = pointer._data()
         link, oid = handle.link, handle.oid
         is_news = not link.failures.is_seen(oid)
-        return _Asked(link, reading.start(link, handle, "gather"), oid, is_news)
+        return _Asked(link, reading.start(link, handle, "gather", more=True), oid, is_news)
     except Exception as error:  # noqa: BLE001 - raised when all have been waited for
         return _Failed(error)
 

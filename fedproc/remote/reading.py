@@ -33,17 +33,21 @@ Load = Callable[[Link, Place], torch.Tensor]
 """How the bytes of a tensor become one."""
 
 
-def start(link: Link, handle: Handle, what: str) -> Borrow:
+def start(link: Link, handle: Handle, what: str, *, more: bool = False) -> Borrow:
     """Ask for a value; what could change it on the way waits until ``finish``.
 
-    ``link``: of the handle, which another thread may move meanwhile: the answer comes from there.
+    Args:
+        link: of the handle, which another thread may move meanwhile: the answer comes from there.
+        handle: of the object.
+        what: the operation, for errors.
+        more: others are asked for at once, and then ``link.flush`` is called.
     """
     borrow = Borrow(scoped=False)
     handle.check()
-    if flat.fetch(link, handle.oid, what, borrow):
-        link.flush()
-    else:
+    if not flat.fetch(link, handle.oid, what, borrow):
         _ask(link, borrow, handle, what)
+    elif not more:
+        link.flush()
     return borrow
 
 
