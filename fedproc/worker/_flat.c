@@ -21,8 +21,9 @@
 
 /* Attributes that it reads. */
 #define NAMES(X) \
-    X(_last) X(_owner) X(_reported) X(_running) X(_unreported) X(add) X(commands) X(data_ptr) X(free) X(here) \
-    X(private) X(registered) X(remove) X(require_process) X(stopped) X(untyped_storage) X(wiring)
+    X(_last) X(_owner) X(_reported) X(_running) X(_unreported) X(add) X(commands) X(data_ptr) \
+    X(free) X(here) X(private) X(registered) X(remove) X(require_process) X(stopped) \
+    X(untyped_storage) X(wiring)
 
 #include "../wire/_compiled.h"
 #include "../wire/_body.h"
@@ -478,6 +479,12 @@ static double seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static PyObject *call_function(Call *call)
+{
+    PyObject *result = PyObject_Call(call->function, call->args, NULL);
+    return call->is_pure ? result : restored(result);
+}
+
 /* Call the function and keep what it gives: whether the parent should be told now; -1: an error. */
 static int run_call(Call *call)
 {
@@ -485,9 +492,7 @@ static int run_call(Call *call)
     long long unreported = note_begin(call);
     if (unreported < 0)
         return -1;
-    PyObject *result = PyObject_Call(call->function, call->args, NULL);
-    if (!call->is_pure)
-        result = restored(result);
+    PyObject *result = call_function(call);
     int done = result == NULL ? -1 : 1;
     if (done > 0 && call->flags & wire.keep)
         done = keep(call, PyTuple_GET_ITEM(call->frame, 2), result);
@@ -503,7 +508,7 @@ static int run_question(Call *call)
 {
     if (note_begin(call) < 0)
         return -1;
-    PyObject *result = PyObject_Call(call->function, call->args, NULL);
+    PyObject *result = call_function(call);
     PyObject *frame = result == NULL ? NULL : make_answer(call, result, NULL), *none = NULL;
     if (frame != NULL)
         none = PyObject_CallOneArg(OF(call, append), frame);
