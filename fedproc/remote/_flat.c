@@ -120,6 +120,7 @@ typedef struct {
     PyObject *borrow;    /* of a question whose answer may lie in the worker's memory, or NULL */
     PyObject *reference; /* weak, to the handle or the borrow */
     PyObject *number;
+    PyObject *asked;     /* list that is told link and number of a question, or NULL; borrowed */
     int writes;
     int was_idle;        /* the worker had nothing to do */
     Py_ssize_t dropped;  /* pointers whose ids go in front */
@@ -347,6 +348,12 @@ static int note(Call *call)
     return 0;
 }
 
+/* Tell who asked: a signal handler may raise as soon as this step is done. */
+static int note_asked(Call *call)
+{
+    return PyList_Append(call->asked, call->link) < 0 ? -1 : PyList_Append(call->asked, call->number);
+}
+
 /* What is asked for is read from now on: see Borrows.begin. */
 static int note_borrow(Call *call)
 {
@@ -369,6 +376,7 @@ static int commit(Call *call, const Body *body)
         && (!call->writes || add_one(outbox, s_writes) >= 0)
         && note(call) == 0 && add_one(outbox, s_submitted) >= 0 && queue(call, frame) == 0
         && PyObject_SetAttr(outbox, s_last, call->number) == 0
+        && (call->asked == NULL || note_asked(call) == 0)
         && (call->borrow == NULL || note_borrow(call) == 0))
         done = call->pointer == NULL ? 0 : set_slot(owner_slot, call->pointer, Py_True);
     Py_XDECREF(frame);
@@ -427,7 +435,7 @@ PyDoc_STRVAR(submit_doc,
 
 static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
-    if (count != 7 || !PyType_Check(given[0]) || !PyTuple_CheckExact(given[3])) {
+    if (count != 7 || !PyType_Check(given[0])) {
         PyErr_SetString(PyExc_TypeError, "submit takes what its signature says");
         return NULL;
     }
@@ -435,7 +443,9 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
     Call call = {.kind = wire.call, .flags = wire.keep | wire.plain,
                  .link = given[1] == Py_None ? NULL : Py_NewRef(given[1]),
                  .writes = PyObject_IsTrue(given[5])};
-    int done = find_name(&call, given[2], given[4]);
+    int done = PyTuple_CheckExact(given[3]); /* torch passes on what it was given */
+    if (done > 0)
+        done = find_name(&call, given[2], given[4]);
     if (done > 0)
         done = are_modes_usual();
     if (done > 0)
@@ -458,18 +468,21 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
 /* ---- questions: whoever asks writes what waits */
 
 PyDoc_STRVAR(ask_doc,
-"ask(function, args, what)\n--\n\n"
-"Ask what a named function gives: the link and the number of the question, or None.");
+"ask(function, args, what, asked)\n--\n\n"
+"Ask what a named function gives: whether it was asked; `asked` is told link and number then.");
 
 static PyObject *ask(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
-    if (count != 3 || !PyUnicode_CheckExact(given[0]) || !PyTuple_CheckExact(given[1])) {
+    if (count != 4 || !PyUnicode_CheckExact(given[0]) || !PyList_CheckExact(given[3])) {
         PyErr_SetString(PyExc_TypeError, "ask takes what its signature says");
         return NULL;
     }
     Body body;
-    Call call = {.kind = wire.compute, .flags = wire.plain, .what = Py_NewRef(given[2])};
-    int done = are_modes_usual();
+    Call call = {.kind = wire.compute, .flags = wire.plain, .what = Py_NewRef(given[2]),
+                 .asked = given[3]};
+    int done = PyTuple_CheckExact(given[1]); /* torch passes on what it was given */
+    if (done > 0)
+        done = are_modes_usual();
     if (done > 0)
         done = write_body(&body, given[0], given[1], Py_False, &call.link);
     if (done > 0 && call.link == NULL)
@@ -478,11 +491,8 @@ static PyObject *ask(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssi
         done = make(&call);
     if (done > 0)
         done = send(&call, &body);
-    PyObject *result = done < 0    ? NULL
-                       : done == 0 ? Py_NewRef(Py_None)
-                                   : PyTuple_Pack(2, call.link, call.number);
     forget(&call);
-    return result;
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 PyDoc_STRVAR(fetch_doc,

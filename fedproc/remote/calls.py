@@ -79,13 +79,17 @@ def compute(
     timeout: float | None = None,
 ) -> Any:
     """Run ``function`` and wait for its value."""
-    asked = None if kwargs else flat.ask(function, args, what)
-    if asked is not None:
+    asked: list[Any] = []  # link and number, as soon as there are any
+    try:
+        if kwargs or not flat.ask(function, args, what, asked):
+            link, message = encode_question(function, args, kwargs or {}, modes(), what)
+            asked += link, link.submit(message, caller(), urgent=True)
         link, number = asked
-    else:
-        link, message = encode_question(function, args, kwargs or {}, modes(), what)
-        number = link.submit(message, caller(), urgent=True)
-    return reading.computed(link, number, what, timeout)
+        return reading.computed(link, number, what, timeout)
+    except BaseException:
+        if asked:  # Ctrl-C may have come before anybody waited for it
+            asked[0].inbox.forsake(asked[1])
+        raise
 
 
 def fold(function: str, args: tuple[Any, ...], *, what: str) -> tuple[Link, Borrow]:

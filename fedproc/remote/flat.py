@@ -84,8 +84,9 @@ None, and nothing has changed: it is not flat, or the modes or the link are not 
 ``function`` is a name, and ``what`` how a user calls it; or it is a function, and ``what`` None.
 """
 ask: Any = _flat.ask if COMPILED else _not_compiled
-"""``ask(function, args, what)``: the link and the number of the question what a named function
-gives, or None, and nothing has changed. It is to be written by whoever waits for the answer.
+"""``ask(function, args, what, asked)``: whether it was asked what a named function gives; if not,
+nothing has changed. ``asked``, a list, is told link and number of the question in the same step,
+after which Ctrl-C may come. It is to be written by whoever waits for the answer.
 """
 fetch: Any = _flat.fetch if COMPILED else _not_compiled
 """``fetch(link, oid, what, borrow)``: whether an object was asked for, which ``borrow`` reads from

@@ -21,7 +21,9 @@ class Handle:
 
     # What most handles never hold stands here: every command makes one.
     gone: str | None = None  # why it cannot be used any more
-    taken: "TakenAway | None" = None  # by the thread that brings it home or moves it
+    # By the thread that brings it home or moves it; weakly: Ctrl-C on the way into the end of that
+    # block leaves nothing else that would tell of its end.
+    taken: "weakref.ref[TakenAway] | None" = None
     facts: dict[str, Any] | None = None  # kind, shape ... as last told
     facts_at = -1  # link.outbox.writes when they were
     place: "tuple[Link, int, list[Any]] | None" = None  # see ``reading._lent``
@@ -43,6 +45,10 @@ class Handle:
         if whole.parts is None:
             whole.parts = weakref.WeakSet()
         whole.parts.add(self)
+
+    def taker(self) -> "TakenAway | None":
+        """Who brings it home or moves it just now."""
+        return None if self.taken is None else self.taken()
 
     def check(self) -> None:
         """Refuse the use of what is gone.
@@ -106,7 +112,7 @@ class TakenAway:
             while (other := self._take()) is not None:
                 if other._thread == self._thread:
                     raise reentered(link.name, self._what)
-                if not link.hub.wait_until(lambda: handle.taken is None, self._timeout):
+                if not link.hub.wait_until(lambda: handle.taker() is None, self._timeout):
                     raise late(link.name, self._what, self._timeout)
         except BaseException:  # also when Ctrl-C came right after it was taken
             self.__exit__()
@@ -118,13 +124,13 @@ class TakenAway:
         handle.check()
         handle.link.check()
         with handle.link.outbox.lock:
-            if handle.taken is None:
-                handle.taken = self
-                return None
-            return handle.taken
+            other = handle.taker()
+            if other is None:
+                handle.taken = weakref.ref(self)
+            return other
 
     def __exit__(self, *_: object) -> None:
         """Let others have it."""
-        if self._handle.taken is self:
+        if self._handle.taker() is self:
             self._handle.taken = None
             self._handle.link.hub.notify()

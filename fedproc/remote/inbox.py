@@ -137,6 +137,11 @@ class Inbox:
             self._abandoned.discard(number)
             self._release(number)
 
+    def forsake(self, number: int) -> None:
+        """Nobody waits for this answer any more, unless it was opened."""
+        if self.executed < number or self.has(number):
+            self.abandon(number)
+
     def close(self) -> None:
         """Nothing will come any more."""
         while self._exporters:

@@ -479,9 +479,13 @@ static double seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* What the function gives. A signal that came meanwhile is handled in here: where its handler raises
+ * later, the result is kept or answered already. */
 static PyObject *call_function(Call *call)
 {
     PyObject *result = PyObject_Call(call->function, call->args, NULL);
+    if (result != NULL && PyErr_CheckSignals() < 0)
+        Py_CLEAR(result);
     return call->is_pure ? result : restored(result);
 }
 

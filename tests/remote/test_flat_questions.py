@@ -207,6 +207,60 @@ def test_an_answer_that_comes_too_late_is_dropped(bob):
     assert (bob.link.inbox._answers, bob.link.inbox._abandoned) == ({}, set())
 
 
+@pytest.mark.parametrize("way", [lambda action: action(), generally])
+def test_ctrl_c_right_after_a_question_was_sent_leaves_no_answer(bob, monkeypatch, way):
+    p = bob.send(torch.ones(1))
+
+    def sent():
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, "computed", _interrupted)
+            p.item()
+
+    with pytest.raises(KeyboardInterrupt):
+        way(sent)
+    assert p.item() == 1.0
+    assert (bob.link.inbox._answers, bob.link.inbox._abandoned) == ({}, set())
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [("__exit__", "get"), ("__exit__", "late"), ("_take", "get")])
+def test_ctrl_c_where_an_object_is_taken_or_given_back_leaves_it_to_others(bob, at):
+    """As a signal that comes at the first instruction of a function."""
+    name, how = at
+    p = bob.run(_sleep, 0.2) if how == "late" else bob.send([1]).wait()
+    fetch = p._handle
+
+    def trace(frame, event, arg):
+        code = frame.f_code
+        if code.co_name == name and code.co_filename.endswith("remote/handle.py"):
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            p.get(timeout=0.01 if how == "late" else None)
+    finally:
+        sys.settrace(None)
+    assert fetch.taker() is None
+    if name == "_take" or how == "late":
+        assert p.get() == (None if how == "late" else [1])
+    else:
+        with pytest.raises(fp.ObjectGoneError):
+            p.get()
+
+
+def test_arguments_that_are_no_tuple_are_left(bob):
+    p = bob.send(torch.ones(2))
+    kind = type("T", (tuple,), {})
+    for arguments in ([p, p], kind((p, p))):
+        assert type(p).__torch_function__(torch.equal, (), arguments) is True
+        assert type(p).__torch_function__(torch.add, (), arguments).tolist() == [2.0, 2.0]
+
+
 def test_threads_get_their_own_answers(bob):
     found = [[] for _ in range(4)]
 

@@ -1,6 +1,9 @@
 """Flat calls in a worker: failures, counts, modes and names are those of the general way."""
 
+import _thread
+import functools
 import pickle
+import signal
 import sys
 import types
 
@@ -10,7 +13,7 @@ import torch
 from fedproc import autocast
 from fedproc.worker import flat
 from fedproc.worker import loop as loops
-from tests.worker.pair import DONE, FAILED, needs_compiled, state, three
+from tests.worker.pair import DONE, FAILED, REFUSAL, needs_compiled, state, three
 
 pytestmark = needs_compiled
 
@@ -92,6 +95,32 @@ def test_a_body_that_cannot_be_read_fails_the_same(pair, body):
     bad = pair.give(body)
     assert [number for number, *_ in pair.failures] == [bad]
     assert pair.value(pair.call(":builtins:abs", -1)) == 1
+
+
+def stopped(signum, frame):
+    raise ValueError("stopped")
+
+
+class Signalling:
+    """Has a method that runs no Python."""
+
+    __neg__ = staticmethod(functools.partial(_thread.interrupt_main, signal.SIGUSR1))
+
+    def __repr__(self):  # the same on both sides
+        return "signalling"
+
+
+def test_a_signal_in_the_function_is_its_failure_and_nothing_is_kept_or_answered(pair):
+    before = signal.signal(signal.SIGUSR1, stopped)
+    try:
+        call = pair.call(":_thread:interrupt_main", int(signal.SIGUSR1))
+        asked = pair.ask("operator.__neg__", pair.put(Signalling), ids=(0,))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    told = [(kind, number) for kind, number, _ in pair.compiled.told() if number in (call, asked)]
+    assert told == [(FAILED, call), (DONE, call), (REFUSAL, asked)]
+    assert "stopped" in pair.failures[0][2]
+    assert pair.left == []
 
 
 # ---- numbers and counts
