@@ -187,7 +187,7 @@ class Outbox:
         """Whether command ``number`` waits for the end of a borrow; needs no lock."""
         try:
             return bool(self._held) and number >= self._held[0][0]
-        except IndexError:  # since the look
+        except IndexError:  # they went out since the look
             return False
 
     def go_on(self) -> None:

@@ -61,7 +61,6 @@ def asked(link: Link, message: Message) -> Borrow:
 
 
 def _ask(link: Link, borrow: Borrow, handle: Handle, what: str, *, lent: bool = False) -> int:
-    handle.check()
     return lend(link, borrow, plain(commands.Fetch(handle.oid, lent), what), caller())
 
 
