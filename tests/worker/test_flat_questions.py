@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedproc.wire import frames
+from fedproc.worker.store import Domain
 from tests.remote.ways import exact
-from tests.worker.pair import DONE, REFUSAL, made, needs_compiled, three
+from tests.worker.pair import DONE, FETCH, REFUSAL, made, needs_compiled, pickled, three
 
 pytestmark = needs_compiled
 
@@ -95,7 +96,8 @@ def test_what_only_the_general_way_may_answer(pair):
 # ---- what is fetched
 
 VALUES = st.one_of(
-    st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.none(), st.text(), st.binary(),
+    st.integers(-(2**70), 2**70), st.floats(allow_nan=False), st.booleans(), st.none(),
+    st.text(), st.binary(),
     st.sampled_from([254, 255, 256]).flatmap(lambda n: st.sampled_from(["a" * n, b"a" * n])),
     st.sampled_from([0, 255, 256, -1, 2**31, 2**63 - 1, 2**63, -(2**63), "\ud800", -0.0]),
 )  # fmt: skip
@@ -125,6 +127,17 @@ def test_a_plain_object_comes_with_its_ids():
 
 def _bytes(value):
     return value.encode(errors="surrogatepass") if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), 5e-324])
+def test_any_number_comes_with_its_bits(value):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for pair in made(monkeypatch):
+            side = pair.compiled
+            side.host.store.add(1, value, Domain(False))
+            side.loop.execute(frames.Frame(FETCH, frames.PLAIN, 2, pickled((1, False))))
+            assert exact(side.told()[0][2][0]) == exact((frames.PLAIN, value, (1,)))
+            assert pair.left == []
 
 
 def test_many_ids_have_no_room(pair):
