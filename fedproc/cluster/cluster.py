@@ -6,7 +6,6 @@ No torch on top: while this process imports it, so does the one that workers are
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,18 +89,28 @@ class Cluster:
         self._start(placing.make_transport(transport, modules), timeout, told)
 
     def _start(self, transport: Transport, timeout: float, functions: Functions | None) -> None:
-        """Start the workers; what was begun is ended if that fails."""
-        with contextlib.ExitStack() as begun:
-            begun.callback(transport.close)
+        """Start the workers; what was begun is ended if that fails.
+
+        Not by an ExitStack: Ctrl-C on the way into its end would leave all of it undone.
+        """
+        try:
             from fedproc.cluster.supervision import Supervisor
 
             self._supervisor = Supervisor(transport, timeout, functions, self.min_rows)
-            for _ in range(2):  # idempotent: a second Ctrl-C may come where the first one begins
-                begun.callback(self._supervisor.close)
             started = self._supervisor.start(self._specs)
             self._workers = {worker.name: worker for worker in started}
             _open.add(self)
-            begun.pop_all()
+        except BaseException:
+            try:
+                self._end(transport)
+            except BaseException:  # a second Ctrl-C may come where the first one begins
+                self._end(transport)
+                raise
+            raise
+
+    def _end(self, transport: Transport) -> None:
+        """End what was begun, again if need be."""
+        getattr(self, "_supervisor", transport).close()
 
     # ---- workers by name
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fedproc as fp
-from fedproc.cluster.cluster import _open
+from fedproc.cluster.cluster import Cluster, _open
+from fedproc.cluster.supervision import Supervisor
 
 pytestmark = pytest.mark.filterwarnings(
     # an interrupt inside a finalizer is swallowed by the interpreter, and shown
@@ -83,6 +84,25 @@ def test_starting_can_be_interrupted(interrupts):
     with fp.Cluster(["a", "b"]) as cluster:
         pids = [worker.run(_pid).get() for worker in cluster]
         assert pids == [worker.pid for worker in cluster]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Supervisor, "close"), (Cluster, "_end")])
+def test_a_second_ctrl_c_may_come_where_the_first_one_begins(monkeypatch, owner, name):
+    """As signals that come at the first instruction of functions: what was begun is ended."""
+    later = getattr(owner, name)
+
+    def interrupted_once(self, *args):
+        monkeypatch.setattr(owner, name, later)
+        raise KeyboardInterrupt
+
+    def interrupted(*_):
+        monkeypatch.setattr(owner, name, interrupted_once)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Supervisor, "_greet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fp.Cluster(["a", "b"])
+    monkeypatch.undo()
 
 
 def _pid():
