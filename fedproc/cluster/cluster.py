@@ -89,28 +89,19 @@ class Cluster:
         self._start(placing.make_transport(transport, modules), timeout, told)
 
     def _start(self, transport: Transport, timeout: float, functions: Functions | None) -> None:
-        """Start the workers; what was begun is ended if that fails.
-
-        Not by an ExitStack: Ctrl-C on the way into its end would leave all of it undone.
-        """
+        """Start the workers; what was begun is ended if that fails."""
         try:
             from fedproc.cluster.supervision import Supervisor
 
             self._supervisor = Supervisor(transport, timeout, functions, self.min_rows)
-            started = self._supervisor.start(self._specs)
-            self._workers = {worker.name: worker for worker in started}
+            self._workers = {worker.name: worker for worker in self._supervisor.start(self._specs)}
             _open.add(self)
         except BaseException:
             try:
-                self._end(transport)
-            except BaseException:  # a second Ctrl-C may come where the first one begins
-                self._end(transport)
-                raise
+                getattr(self, "_supervisor", transport).close()
+            finally:  # again: a second Ctrl-C may come where the first one begins
+                getattr(self, "_supervisor", transport).close()
             raise
-
-    def _end(self, transport: Transport) -> None:
-        """End what was begun, again if need be."""
-        getattr(self, "_supervisor", transport).close()
 
     # ---- workers by name
 
