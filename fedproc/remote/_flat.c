@@ -387,6 +387,19 @@ static int commit(Call *call, const Body *body)
 
 /* ---- and afterwards */
 
+/* All that comes before it is sent, of a named function; 1: done, 0: not usual, -1: an error. */
+static int prepare_function(Call *call, Body *body, PyObject *args, PyObject *private)
+{
+    int done = PyTuple_CheckExact(args); /* torch passes on what it was given */
+    if (done > 0)
+        done = are_modes_usual();
+    if (done > 0)
+        done = write_body(body, call->name, args, private, &call->link);
+    if (done > 0 && call->link == NULL)
+        done = 0;
+    return done > 0 ? make(call) : done;
+}
+
 /* 1: sent, 0: not usual, -1: an error. */
 static int send(Call *call, const Body *body)
 {
@@ -443,17 +456,9 @@ static PyObject *submit(PyObject *Py_UNUSED(module), PyObject *const *given, Py_
     Call call = {.kind = wire.call, .flags = wire.keep | wire.plain,
                  .link = given[1] == Py_None ? NULL : Py_NewRef(given[1]),
                  .writes = PyObject_IsTrue(given[5])};
-    int done = PyTuple_CheckExact(given[3]); /* torch passes on what it was given */
+    int done = find_name(&call, given[2], given[4]);
     if (done > 0)
-        done = find_name(&call, given[2], given[4]);
-    if (done > 0)
-        done = are_modes_usual();
-    if (done > 0)
-        done = write_body(&body, call.name, given[3], given[6], &call.link);
-    if (done > 0 && call.link == NULL)
-        done = 0;
-    if (done > 0)
-        done = make(&call);
+        done = prepare_function(&call, &body, given[3], given[6]);
     if (done > 0)
         done = make_pointer(&call, given[0]);
     if (done > 0)
@@ -478,17 +483,9 @@ static PyObject *ask(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssi
         return NULL;
     }
     Body body;
-    Call call = {.kind = wire.compute, .flags = wire.plain, .what = Py_NewRef(given[2]),
-                 .asked = given[3]};
-    int done = PyTuple_CheckExact(given[1]); /* torch passes on what it was given */
-    if (done > 0)
-        done = are_modes_usual();
-    if (done > 0)
-        done = write_body(&body, given[0], given[1], Py_False, &call.link);
-    if (done > 0 && call.link == NULL)
-        done = 0;
-    if (done > 0)
-        done = make(&call);
+    Call call = {.kind = wire.compute, .flags = wire.plain, .name = Py_NewRef(given[0]),
+                 .what = Py_NewRef(given[2]), .asked = given[3]};
+    int done = prepare_function(&call, &body, given[1], Py_False);
     if (done > 0)
         done = send(&call, &body);
     forget(&call);

@@ -1,6 +1,5 @@
 """The values of several pointers at once. Runs in the parent."""
 
-import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -59,13 +58,17 @@ def bring_home(pointers: Sequence[Pointer], timeout: float | None = None) -> lis
         gather(pointers, timeout)  # raises what stands in the way of any
         return [pointer.get() for pointer in pointers]
     handles = [pointer._handle for pointer in pointers]
-    with contextlib.ExitStack() as taken:
-        # in one order everywhere: two threads with the same members would wait for each other
-        for handle in sorted(handles, key=id):
-            taken.enter_context(TakenAway(handle, "get", timeout))
+    # in one order everywhere: two threads with the same members would wait for each other
+    taken = [TakenAway(handle, "get", timeout) for handle in sorted(handles, key=id)]
+    try:  # no ExitStack: Ctrl-C on the way into its end would leave all of them taken
+        for each in taken:
+            each.__enter__()
         found = _together(pointers, timeout)
         for handle, (_, ids) in zip(handles, found, strict=True):
             handle.brought_home(ids)
+    finally:
+        for each in taken:
+            each.__exit__()
     return [value for value, _ in found]
 
 

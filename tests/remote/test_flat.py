@@ -1,7 +1,6 @@
 """Flat calls in the parent: the compiled step sends and notes what the general way does."""
 
 import contextlib
-import gc
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import fedproc as fp
 from fedproc.remote import flat
 from fedproc.remote.pending import PendingPointer
 from fedproc.wire import frames
-from tests.remote.ways import exact, fields_of, generally, take
+from tests.remote.ways import exact, fields_of, generally, require_nothing_kept, take
 
 compiled_only = pytest.mark.skipif(not flat.COMPILED, reason="the compiled way was not built")
 
@@ -25,8 +24,8 @@ NAME = f":{take.__module__}:take"
 
 
 @pytest.fixture
-def bob(quiet_cluster):
-    return quiet_cluster["bob"]
+def cluster(quiet_cluster):
+    return quiet_cluster
 
 
 # ---- what is sent
@@ -217,20 +216,11 @@ def test_a_thousand_calls_keep_nothing(bob):
     things = [text, number, many, p, p._handle, take, bob, bob.link, take.__code__, bob.link.outbox]
     things += [bob.link.inbox, bob.link.channel, PendingPointer, fp.Cluster, type(p._handle)]
 
-    def some():
-        for _ in range(500):
-            bob.run(take, text, number, many, p, 0.5, None, True)
-            p + number
-            bob.run(take, [text])
-            with contextlib.suppress(fp.PlacementError):
-                p + torch.ones(1)
-        bob.run(take).wait()
-        bob.link.outbox.tidy()
-        gc.collect()
-        return [sys.getrefcount(thing) for thing in things], len(gc.get_objects())
+    def work():
+        bob.run(take, text, number, many, p, 0.5, None, True)
+        p + number
+        bob.run(take, [text])
+        with contextlib.suppress(fp.PlacementError):
+            p + torch.ones(1)
 
-    some()
-    (counts, objects), (counts_later, objects_later) = some(), some()
-    # the janitor may hold a few of them just now
-    assert all(abs(later - count) < 20 for count, later in zip(counts, counts_later, strict=True))
-    assert abs(objects_later - objects) < 100
+    require_nothing_kept(bob.link, things, work)

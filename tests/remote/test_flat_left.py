@@ -17,13 +17,8 @@ from tests.remote.ways import fields_of, generally, state, take
 
 
 @pytest.fixture
-def alice(quiet_cluster):
-    return quiet_cluster["alice"]
-
-
-@pytest.fixture
-def bob(quiet_cluster):
-    return quiet_cluster["bob"]
+def cluster(quiet_cluster):
+    return quiet_cluster
 
 
 # ---- what is left to the general way

@@ -1,8 +1,10 @@
 """The two ways of a flat call in the parent: what they send, and what they note."""
 
 import collections
+import gc
 import pickle
 import struct
+import sys
 
 import pytest
 
@@ -60,3 +62,21 @@ def exact(value):
     if isinstance(value, tuple):
         return [exact(item) for item in value]
     return type(value), struct.pack("<d", value) if isinstance(value, float) else value
+
+
+def require_nothing_kept(link, things, work):
+    """Whatever is done hundreds of times, these have as many references as before."""
+
+    def counted():
+        for _ in range(500):
+            work()
+        link.wait(link.outbox.last, None, "wait")
+        link.outbox.tidy()
+        gc.collect()
+        return [sys.getrefcount(thing) for thing in things], len(gc.get_objects())
+
+    counted()
+    (counts, objects), (counts_later, objects_later) = counted(), counted()
+    # the janitor may hold a few of them just now
+    assert all(abs(later - count) < 20 for count, later in zip(counts, counts_later, strict=True))
+    assert abs(objects_later - objects) < 100
