@@ -83,10 +83,13 @@ class Gradients:
         program = self._programs.find((x, y))
         if program is None:
             return None
-        loss, *gradients = program((x, y))
+        # below autograd, which has no part in it: entering and leaving it costs as much as the step
+        return program.then((x, y), partial(self._follow, step, lr))
+
+    def _follow(self, step: int, lr: float, results: Results) -> float:
+        loss, *gradients = results
         value = _value(loss, step)
-        with torch.no_grad():
-            descend(self.parameters, gradients, lr)
+        descend(self.parameters, gradients, lr)
         return value
 
     def _are_clear(self) -> bool:

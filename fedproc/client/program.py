@@ -7,7 +7,7 @@ which goes when it was read last; everything that is no tensor is bound to a nam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Results = tuple[Tensor | None, ...]
 Compute = Callable[..., Results]
+T = TypeVar("T")
 
 _aten = torch.ops.aten
 # Torch's own bindings take half of the time. Not for others: their defaults may be different ones.
@@ -72,13 +73,21 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Results:
         """Computes what the captured function returned; the results have no graph."""
+        return self.then(inputs, _as_they_are)
+
+    def then(self, inputs: Sequence[Tensor], use: Callable[[Results], T]) -> T:
+        """Computes, and returns what ``use`` makes of the results, below autograd like them."""
         grad, below = torch.is_grad_enabled(), None
         try:
             below = torch._C._AutoDispatchBelowADInplaceOrView()
-            return self._replay(*inputs)
+            return use(self._replay(*inputs))
         finally:
             below = None  # noqa: F841 - here it ends, not with the frame, which an error keeps
             torch._C._set_grad_enabled(grad)
+
+
+def _as_they_are(results: Results) -> Results:
+    return results
 
 
 class UnknownTensorError(Exception):

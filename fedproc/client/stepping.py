@@ -58,7 +58,7 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
 def descend(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float) -> None:
     """Takes the step of plain SGD: the very operation that torch's own does in the end.
 
-    Gradients must be disabled. A parameter whose gradient is None stays as it is.
+    Called without gradients or below autograd. A parameter whose gradient is None stays as it is.
     """
     moved = [p for p, along in zip(parameters, gradients, strict=True) if along is not None]
     if moved:

@@ -26,6 +26,7 @@ from typing import Any
 from fedproc.errors import WorkerStartError
 from fedproc.memory.undisturbed import undisturbed
 from fedproc.transport.base import WorkerSpec
+from fedproc.transport.environment import environment
 
 FORK_SECONDS = 30.0
 _END_SECONDS = 5.0
@@ -36,13 +37,6 @@ _BOOT = (
     "sys.path[:] = path; import importlib; "
     "getattr(importlib.import_module(module), name)(*args)"
 )
-_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "OPENBLAS_NUM_THREADS": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",  # large pages for large tensors: clearing small ones is slow
-}
-"""Set before torch is loaded: waiting threads sleep (spinning ones made 8 workers on 2 cores 13
-times slower), and BLAS starts no thread at import."""
 
 
 def execute(
@@ -53,7 +47,7 @@ def execute(
     packed = pickle.dumps((path, *function, args)).hex()
     return subprocess.Popen(
         [sys.executable, "-c", _BOOT, packed],
-        env={**os.environ, **_ENVIRONMENT},
+        env=environment(),
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is the parent's affair
