@@ -27,8 +27,9 @@ from fedproc.client.program import (
     Compute,
     Program,
     Results,
-    UnknownTensorError,
+    UnwritableError,
     Writer,
+    as_they_are,
     tensors_in,
 )
 
@@ -72,7 +73,7 @@ class Programs:
         key = _key(inputs)
         found = self._found.get(key)
         if isinstance(found, Program):
-            return found(inputs)
+            return found.instead_of(ordinary, inputs, as_they_are)
         if found == "once":
             self._found[key] = "refused"
             program, replayed = self._try(function, inputs)
@@ -153,7 +154,7 @@ def capture(
         for call in recorder.calls:
             writer.add(*call)
         return writer.program(results), results
-    except UnknownTensorError:
+    except (UnwritableError, RuntimeError):  # TorchScript does not know an operation
         return None, results
 
 

@@ -1,11 +1,15 @@
-"""The source of a program: one call of torch after the other. Runs in workers.
+"""The source of a program: one operation of torch after the other. Runs in workers.
 
-Written from the operations that were seen in the order in which they came. A result is a variable,
-which goes when it was read last; everything that is no tensor is bound to a name.
+Written from the operations that were seen in the order in which they came, and handed to the
+interpreter of TorchScript: it calls the same operations without Python in between, which takes as
+long as the operations of a small model themselves. Nothing of it is optimized, since other
+operations have other bits. A result is a variable, which goes when it was read last.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -22,76 +26,93 @@ Compute = Callable[..., Results]
 T = TypeVar("T")
 
 _aten = torch.ops.aten
-# Torch's own bindings take half of the time. Not for others: their defaults may be different ones.
-_BINDINGS: Final[dict[Any, Callable[..., Any]]] = {
-    _aten.t.default: torch.t,
-    _aten.mm.default: torch.mm,
-    _aten.addmm.default: torch.addmm,
-    _aten.bmm.default: torch.bmm,
-    _aten.convolution.default: torch.convolution,
-    _aten.relu.default: torch.relu,
-    _aten._log_softmax.default: torch._log_softmax,
-    _aten._log_softmax_backward_data.default: torch._log_softmax_backward_data,
-    _aten.add.Tensor: torch.add,
-    _aten.mul.Tensor: torch.mul,
-    _aten.mul.Scalar: torch.mul,
-    _aten.neg.default: torch.neg,
-    _aten.ne.Scalar: torch.ne,
-    _aten.sum.default: torch.sum,
-    _aten.sum.dim_IntList: torch.sum,
-    _aten.gather.default: torch.gather,
-    _aten.scatter_add.default: torch.scatter_add,
-    _aten.where.self: torch.where,
-    _aten.scalar_tensor.default: torch.scalar_tensor,
-    _aten.ones_like.default: torch.ones_like,
-    _aten.new_zeros.default: Tensor.new_zeros,
-    _aten.clone.default: torch.clone,
-    _aten.cat.default: torch.cat,
-    _aten.split_with_sizes.default: torch.split_with_sizes,
-    _aten.view.default: Tensor.view,
-    _aten.expand.default: Tensor.expand,
-    _aten.transpose.int: torch.transpose,
-    _aten.permute.default: torch.permute,
-    _aten.unsqueeze.default: torch.unsqueeze,
-    _aten.squeeze.dim: torch.squeeze,
-}
+
+
+def _named(name: str) -> Any:
+    """Tells TorchScript what a source names."""
+    return {"torch": torch, "aten": _aten}.get(name)
 
 
 class Program:
     """The operations of a computation, for inputs of the shapes that it was captured with.
 
     Attributes:
-        source: What is called, for whoever wants to see it.
+        source: What is called, in TorchScript, for whoever wants to see it.
     """
 
-    def __init__(self, source: str, bound: dict[str, Any]) -> None:
-        """Compiles ``source``, which defines ``replay``; ``bound``: what its names mean."""
+    def __init__(self, source: str, known: Sequence[Tensor]) -> None:
+        """Compiles ``source``, which defines ``replay``, of the inputs and ``known``.
+
+        Raises:
+            RuntimeError: TorchScript does not know an operation.
+        """
         self.source = source
-        exec(compile(source, "<captured by fedproc>", "exec"), bound)
-        # taken out of its own globals: no cycle, so it goes with the last who holds it
-        self._replay: Compute = bound.pop("replay")
+        self._known = known
+        self._unit = torch._C.CompilationUnit()
+        self._unit.define(source, _named)
+        self._replay = self._unit.find_function("replay")
 
     def __call__(self, inputs: Sequence[Tensor]) -> Results:
-        """Computes what the captured function returned; the results have no graph."""
-        return self.then(inputs, _as_they_are)
+        """Computes what the captured function returned; the results have no graph.
 
-    def then(self, inputs: Sequence[Tensor], use: Callable[[Results], T]) -> T:
-        """Computes, and returns what ``use`` makes of the results, below autograd like them."""
-        grad, below = torch.is_grad_enabled(), None
+        Raises:
+            RuntimeError: An operation failed; torch itself may raise another class.
+        """
+        return self._below_autograd(inputs, as_they_are)
+
+    def instead_of(
+        self, ordinary: Compute, inputs: Sequence[Tensor], use: Callable[[Results], T]
+    ) -> T:
+        """Computes, and returns what ``use`` makes of the results, below autograd like them.
+
+        Where an operation fails, ``ordinary`` raises the error of torch: the interpreter of
+        TorchScript makes another class and text of it.
+        """
+        try:
+            return self._below_autograd(inputs, use)
+        except RuntimeError:
+            ordinary(*inputs)
+            raise
+
+    def calls(self, names: Iterable[str]) -> bool:
+        """Tells whether it calls operations as often as they are named.
+
+        What nobody reads is not even called. That loses nothing but random numbers: the next ones
+        would be others.
+        """
+        graph = self._replay.graph.copy()
+        torch._C._jit_pass_dce(graph)
+        called = Counter(node.kind().replace("::", ".") for node in graph.nodes())
+        return Counter(names) <= called
+
+    def _below_autograd(self, inputs: Sequence[Tensor], use: Callable[[Results], T]) -> T:
+        grad, optimizes, below = torch.is_grad_enabled(), _optimizes(), None
         try:
             below = torch._C._AutoDispatchBelowADInplaceOrView()
-            return use(self._replay(*inputs))
+            _optimize(False)
+            return use(self._replay(*inputs, *self._known))
         finally:
             below = None  # noqa: F841 - here it ends, not with the frame, which an error keeps
+            _optimize(optimizes)
             torch._C._set_grad_enabled(grad)
 
 
-def _as_they_are(results: Results) -> Results:
+# Of TorchScript, for the whole process: true again as soon as the operations are called.
+_optimizes: Final = torch._C._get_graph_executor_optimize
+_optimize: Final = torch._C._set_graph_executor_optimize
+
+
+def as_they_are(results: Results) -> Results:
+    """Returns what it is given."""
     return results
 
 
-class UnknownTensorError(Exception):
-    """An operation reads what is neither known nor a result: it may be another one next time."""
+class UnwritableError(Exception):
+    """An operation cannot be written down.
+
+    It reads what is neither known nor a result, so it may be another tensor next time; or
+    TorchScript cannot express a value, or would leave the operation out.
+    """
 
 
 class _Line:
@@ -105,7 +126,8 @@ class _Line:
         self.targets: list[str] = []
         self.unpacks = False
         # what changes a tensor or draws a random number is done though nobody reads its result
-        self.needed = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+        self.changes = func._schema.is_mutable
+        self.draws = torch.Tag.nondeterministic_seeded in func.tags
 
     def __str__(self) -> str:
         targets = ", ".join(self.targets) + ("," if self.unpacks else "")
@@ -118,14 +140,15 @@ class Writer:
     def __init__(self, inputs: Sequence[Tensor], known: Iterable[Tensor], *, turns: bool) -> None:
         self._inputs = [f"x{place}" for place in range(len(inputs))]
         self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True)}
-        self._bound: dict[str, Any] = {"set_grad": torch._C._set_grad_enabled}
+        self._known: dict[str, Tensor] = {}
         self._lines: list[_Line] = []
         self._variables: set[str] = set()
         self._transposed: dict[str, str] = {}
         self._held: list[Any] = []  # a name belongs to an id while its tensor is alive
         self._views = Views(inputs, turns=turns)
         for tensor in known:
-            self._names.setdefault(id(tensor), self._bind(tensor))
+            name = self._names.setdefault(id(tensor), f"k{len(self._known)}")
+            self._known.setdefault(name, tensor)
 
     def add(
         self,
@@ -156,7 +179,7 @@ class Writer:
         if (same := self._same(func, line)) is not None:
             self._names[id(result)] = same
             return
-        line.name = self._bind(_callable(func))
+        line.name = f"aten.{func._schema.name.removeprefix('aten::')}"
         line.unpacks = isinstance(result, list | tuple) and bool(result)
         line.targets = [self._variable(tensor) for tensor in (result if line.unpacks else [result])]
         if func is _aten.t.default:
@@ -171,36 +194,42 @@ class Writer:
         if form == _form(root):
             self._names[id(tensor)] = shown
             return
-        line.arguments = [shown, *map(self._bind, form)]
-        line.name = self._bind(torch.as_strided)
+        line.arguments = [shown, *map(_written, form)]
+        line.name = "aten.as_strided"
         line.targets = [self._variable(tensor)]
         self._lines.append(line)
 
     def program(self, results: Results) -> Program:
-        """Makes the program that returns ``results``."""
+        """Makes the program that returns ``results``.
+
+        Raises:
+            UnwritableError: A result is not known, or nobody reads what was drawn at random.
+            RuntimeError: TorchScript does not know an operation.
+        """
         live: set[str] = set()
         returned = "".join(f"{self._expression(tensor, live)}, " for tensor in results)
         body = [f"return ({returned})", *self._backwards(live)]
-        source = f"def replay({', '.join(self._inputs)}):\n    " + "\n    ".join(reversed(body))
-        return Program(source, self._bound)
+        inputs = ", ".join(f"{name}: Tensor" for name in [*self._inputs, *self._known])
+        source = f"def replay({inputs}):\n    " + "\n    ".join(reversed(body)) + "\n"
+        program = Program(source, list(self._known.values()))
+        if not program.calls(line.name for line in self._lines if line.draws):
+            raise UnwritableError
+        return program
 
     def _backwards(self, live: set[str]) -> Iterator[str]:
-        """Yields the lines from the last to the first; a variable goes when it was read last."""
+        """Yields the lines from the last to the first."""
         mode: bool | None = None
         for line in reversed(self._lines):
             targets = set(line.targets)
-            if not (line.needed or targets & live):
+            if not (line.changes or line.draws or targets & live):
                 continue
             if mode not in (None, line.grad):
-                yield f"set_grad({mode})"
+                yield f"torch.set_grad_enabled({mode})"
             mode = line.grad
-            over = sorted((line.reads | targets) - live)
-            if over:
-                yield f"del {', '.join(over)}"
             yield str(line)
             live = (live - targets) | line.reads
         if mode is not None:
-            yield f"set_grad({mode})"
+            yield f"torch.set_grad_enabled({mode})"
 
     def _same(self, func: OpOverload[..., Any], line: _Line) -> str | None:
         """Names the tensor that an operation gives back: without autograd some do nothing."""
@@ -215,18 +244,13 @@ class Writer:
         if isinstance(value, Tensor):
             name = self._names.get(id(value))
             if name is None:
-                raise UnknownTensorError
+                raise UnwritableError
             if name in self._variables:
                 reads.add(name)
             return name
-        if isinstance(value, list | tuple) and any(True for _ in tensors_in(value)):
+        if isinstance(value, list | tuple):
             return f"[{', '.join(self._expression(part, reads) for part in value)}]"
-        return self._bind(value)
-
-    def _bind(self, value: Any) -> str:
-        name = f"b{len(self._bound)}"
-        self._bound[name] = value
-        return name
+        return _written(value)
 
     def _variable(self, tensor: Any) -> str:
         name = f"v{len(self._variables) + 1}"
@@ -240,9 +264,19 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def _callable(func: OpOverload[..., Any]) -> Callable[..., Any]:
-    """Finds what calls an operation in the least time."""
-    return _BINDINGS.get(func, func._op)
+def _written(value: Any) -> str:
+    """Writes what is no tensor."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f"torch.device('{value}')"
+    raise UnwritableError
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -2,8 +2,8 @@
  *
  * Runs in worker processes, loaded before libc (LD_PRELOAD): its two functions stand in front of
  * libc's own. Torch and oneDNN ask for everything aligned to 64 bytes, one step of a small
- * convolutional model a thousand times, oneDNN for its descriptions most of all. Until version
- * 2.41 glibc cuts each out of a larger chunk and gives the rests back: a twelfth of such a step.
+ * convolutional model a thousand times, oneDNN for its descriptions most of all. libc cuts each
+ * out of a larger chunk and gives the rests back, which is a tenth of such a step.
  *
  * What is kept are ordinary chunks of libc, so whoever got one may free it anywhere, in any thread,
  * and a chunk that came from elsewhere in libc may be kept as well.
