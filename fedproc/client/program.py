@@ -9,6 +9,7 @@ operations have other bits. A result is a variable, which goes when it was read 
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -86,20 +87,44 @@ class Program:
         return Counter(names) <= called
 
     def _below_autograd(self, inputs: Sequence[Tensor], use: Callable[[Results], T]) -> T:
-        grad, optimizes, below = torch.is_grad_enabled(), _optimizes(), None
+        grad, below = torch.is_grad_enabled(), None
         try:
             below = torch._C._AutoDispatchBelowADInplaceOrView()
-            _optimize(False)
-            return use(self._replay(*inputs, *self._known))
+            with _AS_WRITTEN:
+                results = self._replay(*inputs, *self._known)
+            return use(results)
         finally:
             below = None  # noqa: F841 - here it ends, not with the frame, which an error keeps
-            _optimize(optimizes)
             torch._C._set_grad_enabled(grad)
 
 
-# Of TorchScript, for the whole process: true again as soon as the operations are called.
-_optimizes: Final = torch._C._get_graph_executor_optimize
-_optimize: Final = torch._C._set_graph_executor_optimize
+class _AsWritten:
+    """While any thread is within, TorchScript does not optimize.
+
+    Its switch is one for the process, and it looks there at the start of each call, without the
+    interpreter's lock. So whoever is done first must not put it back: workers may be threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch._C._get_graph_executor_optimize()
+                torch._C._set_graph_executor_optimize(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch._C._set_graph_executor_optimize(self._before)
+
+
+_AS_WRITTEN: Final = _AsWritten()
 
 
 def as_they_are(results: Results) -> Results:

@@ -4,6 +4,7 @@ A worker then takes over the environment of the parent (``worker.main``), so wha
 sees nothing of this.
 """
 
+import ctypes
 import importlib.util
 import os
 
@@ -27,8 +28,23 @@ def environment() -> dict[str, str]:
 
 
 def _aligned() -> str | None:
-    """Path of what keeps aligned chunks; None where it was not built or cannot be named."""
+    """Path of what keeps aligned chunks; None where it was not built or cannot be used."""
     spec = importlib.util.find_spec("fedproc.worker._aligned")
     path = None if spec is None else spec.origin
-    # the loader of libraries splits the list at both and knows no way to quote them
-    return None if path is None or " " in path or ":" in path else path
+    # the loader of libraries splits the list at two of them, puts names for the third, and knows no
+    # way to quote them
+    if path is None or any(special in path for special in " :$") or not _allocates_by_libc():
+        return None
+    return path
+
+
+def _allocates_by_libc() -> bool:
+    """Whether memory of this interpreter is libc's own, and not of an allocator linked to it."""
+    try:
+        return all(_address(name) == _address(f"__libc_{name}") for name in ("malloc", "free"))
+    except ValueError:  # a libc that has no such names
+        return False
+
+
+def _address(symbol: str) -> int:
+    return ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(None), symbol))

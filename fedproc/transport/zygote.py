@@ -33,8 +33,9 @@ _END_SECONDS = 5.0
 _TURN_SECONDS = 0.05
 _LENGTH = struct.Struct("<I")
 _BOOT = (
-    "import sys, pickle; path, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
-    "sys.path[:] = path; import importlib; "
+    "import os, sys, pickle; "
+    "path, ours, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
+    "[os.environ.pop(each) for each in ours]; sys.path[:] = path; import importlib; "
     "getattr(importlib.import_module(module), name)(*args)"
 )
 
@@ -44,10 +45,12 @@ def execute(
 ) -> "subprocess.Popen[bytes]":
     """Run ``function`` (module, name) in a new interpreter that inherits ``fds``."""
     path = [entry or str(Path.cwd()) for entry in sys.path]
-    packed = pickle.dumps((path, *function, args)).hex()
+    settings = environment()
+    ours = sorted({"LD_PRELOAD"} & (settings.keys() - os.environ.keys()))  # for it alone
+    packed = pickle.dumps((path, ours, *function, args)).hex()
     return subprocess.Popen(
         [sys.executable, "-c", _BOOT, packed],
-        env=environment(),
+        env=settings,
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is the parent's affair

@@ -12,10 +12,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <malloc.h>
-#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #ifndef __GLIBC__
 #error "other C libraries lay out their chunks otherwise"
@@ -25,6 +25,10 @@
 extern void *__libc_calloc(size_t count, size_t size);
 extern void __libc_free(void *chunk);
 extern void *__libc_memalign(size_t alignment, size_t size);
+/* Calls a function when a thread ends. Unlike pthread_key_create, libc has it in one version only,
+ * and a library that is loaded in front of it and asks for a newer one stops the program. */
+extern int __cxa_thread_atexit_impl(void (*function)(void *), void *given, void *library);
+extern void *__dso_handle __attribute__((visibility("hidden")));
 
 #define ALIGNMENT 64
 #define UNIT 16 /* sizes of chunks are multiples of it */
@@ -32,6 +36,7 @@ extern void *__libc_memalign(size_t alignment, size_t size);
 #define HEADER sizeof(size_t)
 /* Larger ones are rarely asked for, and clearing or filling them takes longer than finding them. */
 #define MOST_UNITS 4100
+#define LEAST_UNITS 2
 /* Of one thread. Beyond, it starts anew: what nobody asks for any more must not be kept for ever. */
 #define MOST_BYTES ((size_t)4 << 20)
 /* libc gives a chunk of up to two units more where the rest would be too small for a chunk. */
@@ -41,15 +46,21 @@ typedef struct Chunk {
     struct Chunk *next;
 } Chunk;
 
+/* The chunks of one size. As many are kept as were once missing: free cannot tell who asked for a
+ * chunk, and one that malloc gave, which never comes here, would be kept from malloc in vain. */
+typedef struct {
+    Chunk *first;
+    uint32_t count, missed;
+} Size;
+
 typedef struct {
     size_t bytes;
-    Chunk *first[MOST_UNITS + 1]; /* by size, in units */
+    Size sizes[MOST_UNITS + 1]; /* in units */
 } Kept;
 
 /* A pointer only: what is declared thread-local takes room on the stack of every thread. */
 static __thread Kept *kept __attribute__((tls_model("initial-exec")));
-static pthread_key_t at_exit; /* of a thread */
-static int is_ready;
+static __thread int has_ended __attribute__((tls_model("initial-exec")));
 
 static size_t units_of(const void *chunk)
 {
@@ -59,36 +70,31 @@ static size_t units_of(const void *chunk)
 static void give_back_all(Kept *of)
 {
     for (size_t units = 0; units <= MOST_UNITS; units++) {
-        Chunk *chunk = of->first[units];
-        of->first[units] = NULL;
+        Chunk *chunk = of->sizes[units].first;
         while (chunk != NULL) {
             Chunk *next = chunk->next;
             __libc_free(chunk);
             chunk = next;
         }
     }
-    of->bytes = 0;
+    memset(of, 0, sizeof(Kept));
 }
 
 static void end_thread(void *of)
 {
-    kept = NULL; /* what ends after us frees directly, or begins anew and is ended again */
+    kept = NULL;
+    has_ended = 1; /* whoever frees later in the end of the thread frees directly */
     give_back_all(of);
     __libc_free(of);
-}
-
-__attribute__((constructor)) static void begin(void)
-{
-    is_ready = pthread_key_create(&at_exit, end_thread) == 0;
 }
 
 /* Whether this thread keeps chunks from now on; without memory for that, it does not. */
 static int begin_thread(void)
 {
-    if (!is_ready)
+    if (has_ended)
         return 0;
     Kept *mine = __libc_calloc(1, sizeof(Kept));
-    if (mine != NULL && pthread_setspecific(at_exit, mine) != 0) {
+    if (mine != NULL && __cxa_thread_atexit_impl(end_thread, mine, &__dso_handle) != 0) {
         __libc_free(mine);
         mine = NULL;
     }
@@ -96,29 +102,42 @@ static int begin_thread(void)
     return mine != NULL;
 }
 
+static void *take(size_t size)
+{
+    size_t least = (size + HEADER + UNIT - 1) / UNIT;
+    if (least < LEAST_UNITS)
+        least = LEAST_UNITS;
+    for (size_t units = least; units <= least + MORE_UNITS && units <= MOST_UNITS; units++) {
+        Size *of = &kept->sizes[units];
+        Chunk *found = of->first;
+        if (found == NULL)
+            continue;
+        of->first = found->next;
+        of->count--;
+        kept->bytes -= units * UNIT;
+        return found;
+    }
+    return NULL;
+}
+
 int posix_memalign(void **chunk, size_t alignment, size_t size)
 {
     if (alignment < sizeof(void *) || (alignment & (alignment - 1)) != 0)
         return EINVAL;
-    if (alignment == ALIGNMENT && size <= MOST_UNITS * UNIT - HEADER &&
-        (kept != NULL || begin_thread())) {
-        size_t least = (size + HEADER + UNIT - 1) / UNIT;
-        for (size_t units = least; units <= least + MORE_UNITS && units <= MOST_UNITS; units++) {
-            Chunk *found = kept->first[units];
-            if (found == NULL)
-                continue;
-            kept->first[units] = found->next;
-            kept->bytes -= units * UNIT;
-            *chunk = found;
-            return 0;
-        }
-    }
     int before = errno; /* posix_memalign leaves it alone */
-    void *made = __libc_memalign(alignment, size);
-    errno = before;
-    if (made == NULL)
-        return ENOMEM;
-    *chunk = made;
+    int keeps = alignment == ALIGNMENT && size <= MOST_UNITS * UNIT - HEADER &&
+                (kept != NULL || begin_thread());
+    void *found = keeps ? take(size) : NULL;
+    if (found == NULL) {
+        found = __libc_memalign(alignment, size);
+        errno = before;
+        if (found == NULL)
+            return ENOMEM;
+        size_t units = units_of(found);
+        if (keeps && units <= MOST_UNITS)
+            kept->sizes[units].missed++;
+    }
+    *chunk = found;
     return 0;
 }
 
@@ -126,11 +145,16 @@ void free(void *chunk)
 {
     if (chunk != NULL && ((uintptr_t)chunk & (ALIGNMENT - 1)) == 0 && kept != NULL) {
         size_t units = units_of(chunk);
-        if (units <= MOST_UNITS) {
-            if (kept->bytes + units * UNIT > MOST_BYTES)
+        if (units <= MOST_UNITS && kept->sizes[units].count < kept->sizes[units].missed) {
+            if (kept->bytes + units * UNIT > MOST_BYTES) {
                 give_back_all(kept);
-            ((Chunk *)chunk)->next = kept->first[units];
-            kept->first[units] = chunk;
+                __libc_free(chunk);
+                return;
+            }
+            Size *of = &kept->sizes[units];
+            ((Chunk *)chunk)->next = of->first;
+            of->first = chunk;
+            of->count++;
             kept->bytes += units * UNIT;
             return;
         }

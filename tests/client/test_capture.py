@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fedproc.client.capture import MOST_BYTES, Programs, capture
 from fedproc.client.gradients import _owned
-from fedproc.client.program import Program
+from fedproc.client.program import _AS_WRITTEN, Program
 
 KNOWN = torch.arange(6.0).reshape(2, 3)
 
@@ -155,6 +156,31 @@ def test_an_error_leaves_autograd_as_it_was() -> None:
     assert torch._C._get_graph_executor_optimize()
     assert (torch.ones(2, requires_grad=True) * 2).requires_grad
     assert caught.tb  # while its frames are alive
+
+
+def test_torchscript_optimizes_again_when_the_last_thread_is_done() -> None:
+    inside = threading.Barrier(2)
+    seen: list[bool] = []
+
+    def replay() -> None:
+        with _AS_WRITTEN:
+            inside.wait(10)
+        seen.append(torch._C._get_graph_executor_optimize())  # the other one is still within
+        inside.wait(10)
+
+    def replay_longer() -> None:
+        with _AS_WRITTEN:
+            inside.wait(10)
+            inside.wait(10)
+
+    threads = [threading.Thread(target=each) for each in (replay, replay_longer)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert seen == [False]
+    assert torch._C._get_graph_executor_optimize()
 
 
 def test_an_error_is_the_one_of_torch() -> None:
