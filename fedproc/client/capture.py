@@ -23,15 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedproc.client.program import (
-    Compute,
-    Program,
-    Results,
-    UnwritableError,
-    Writer,
-    as_they_are,
-    tensors_in,
-)
+from fedproc.client.program import Compute, Program, Results, as_they_are
+from fedproc.client.writer import UnwritableError, Writer, tensors_in
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

@@ -458,7 +458,7 @@ def test_a_program_that_gives_other_bits_than_was_written_down_is_not_taken(
     def written(value: object) -> str:
         return repr(value + 1e-6) if isinstance(value, float) else repr(value)
 
-    monkeypatch.setattr("fedproc.client.program._written", written)
+    monkeypatch.setattr("fedproc.client.writer._written", written)
     programs, x = Programs([]), torch.ones(3)
 
     def halve(x: Tensor) -> tuple[Tensor, ...]:
