@@ -7,7 +7,6 @@ bits. What was read last goes.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
@@ -32,14 +31,20 @@ class Program:
         source: What is called, in TorchScript, for whoever wants to see it.
     """
 
-    def __init__(self, source: str, known: Sequence[Tensor]) -> None:
+    def __init__(self, source: str, known: Sequence[Tensor], *, draws: bool) -> None:
         """Compiles ``source``, which defines ``replay``, of the inputs and ``known``.
+
+        Args:
+            source: In TorchScript.
+            known: Tensors that are read or changed besides.
+            draws: Random numbers are drawn.
 
         Raises:
             RuntimeError: TorchScript does not know an operation.
         """
         self.source = source
         self._known = known
+        self._draws = draws
         self._unit = torch._C.CompilationUnit()
         self._unit.define(source, _named)
         self._replay = self._unit.find_function("replay")
@@ -57,65 +62,56 @@ class Program:
     ) -> T:
         """Computes, and returns what ``use`` makes of the results, below autograd like them.
 
-        Where an operation fails, ``ordinary`` raises the error of torch: the interpreter of
-        TorchScript makes another class and text of it.
+        Where an operation fails, ``ordinary`` raises the error of torch, with the same random
+        numbers: the interpreter of TorchScript makes another class and text of it. What was
+        changed by then is changed twice; whoever fails must not be used any more.
         """
+        stream = torch.get_rng_state() if self._draws else None
         try:
             return self._below_autograd(inputs, use)
         except RuntimeError:
+            if stream is not None:
+                torch.set_rng_state(stream)
             ordinary(*inputs)
             raise
 
-    def calls(self, names: Iterable[str]) -> bool:
-        """Tells whether it calls operations as often as they are named.
+    def calls(self, names: Sequence[str], must: Iterable[str]) -> bool:
+        """Tells whether what is called is what was written.
 
-        What nobody reads is not even called. That loses nothing but random numbers: the next ones
-        would be others.
+        Args:
+            names: The operations, in order. TorchScript may know another way to the same values,
+                but not to the same bits.
+            must: Those of them that do something besides their results. What nobody reads is not
+                even called: the next random numbers would be others.
         """
         graph = self._replay.graph.copy()
+        if _called(graph) != list(names):
+            return False
         torch._C._jit_pass_dce(graph)
-        called = Counter(node.kind().replace("::", ".") for node in graph.nodes())
-        return Counter(names) <= called
+        return Counter(must) <= Counter(_called(graph))
 
     def _below_autograd(self, inputs: Sequence[Tensor], use: Callable[[Results], T]) -> T:
-        grad, below = torch.is_grad_enabled(), None
+        grad, optimizes, below = torch.is_grad_enabled(), _optimizes(), None
         try:
             below = torch._C._AutoDispatchBelowADInplaceOrView()
-            with _AS_WRITTEN:
-                results = self._replay(*inputs, *self._known)
-            return use(results)
+            _optimize(False)
+            return use(self._replay(*inputs, *self._known))
         finally:
             below = None  # noqa: F841 - here it ends, not with the frame, which an error keeps
+            _optimize(optimizes)
             torch._C._set_grad_enabled(grad)
 
 
-class _AsWritten:
-    """While any thread is within, TorchScript does not optimize.
-
-    Its switch is one for the process, and it looks there at the start of each call, without the
-    interpreter's lock. So whoever is done first must not put it back: workers may be threads.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = torch._C._get_graph_executor_optimize()
-                torch._C._set_graph_executor_optimize(False)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch._C._set_graph_executor_optimize(self._before)
+# switches of TorchScript, for this thread
+_optimizes: Final = torch._C._get_graph_executor_optimize
+_optimize: Final = torch._C._set_graph_executor_optimize
 
 
-_AS_WRITTEN: Final = _AsWritten()
+def _called(graph: Any) -> list[str]:
+    """Lists the operations in a graph of TorchScript."""
+    kinds = [str(node.kind()).split("::") for node in graph.nodes()]
+    names = [".".join(kind) for kind in kinds if kind[0] == "aten"]
+    return [name for name in names if name != "aten.set_grad_enabled"]
 
 
 def as_they_are(results: Results) -> Results:

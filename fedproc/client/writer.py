@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fedproc.client.program import Results
 
 _aten = torch.ops.aten
+_CHANGING = {_aten.native_batch_norm.default}
+"""They change a tensor, and their declaration does not say so."""
 
 
 class UnwritableError(Exception):
@@ -42,9 +44,10 @@ class _Line:
         self.reads: set[str] = set()
         self.targets: list[str] = []
         self.unpacks = False
-        # what changes a tensor or draws a random number is done though nobody reads its result
+        # nobody needs to read the result, but the tensor that it changes: TorchScript looks at that
         self.changes = func._schema.is_mutable
         self.draws = torch.Tag.nondeterministic_seeded in func.tags
+        self.must_be_called = self.draws or func in _CHANGING
 
     def __str__(self) -> str:
         targets = ", ".join(self.targets) + ("," if self.unpacks else "")
@@ -57,15 +60,16 @@ class Writer:
     def __init__(self, inputs: Sequence[Tensor], known: Iterable[Tensor], *, turns: bool) -> None:
         self._inputs = [f"x{place}" for place in range(len(inputs))]
         self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True)}
-        self._known: dict[str, Tensor] = {}
+        self._known: list[Tensor] = []
         self._lines: list[_Line] = []
         self._variables: set[str] = set()
         self._transposed: dict[str, str] = {}
         self._held: list[Any] = []  # a name belongs to an id while its tensor is alive
         self._views = Views(inputs, turns=turns)
         for tensor in known:
-            name = self._names.setdefault(id(tensor), f"k{len(self._known)}")
-            self._known.setdefault(name, tensor)
+            if id(tensor) not in self._names:
+                self._names[id(tensor)] = f"k{len(self._known)}"
+                self._known.append(tensor)
 
     def add(
         self,
@@ -88,6 +92,8 @@ class Writer:
             for factor, its_root in zip(*turned, strict=True):
                 self._show(its_root, factor, grad)
             func, args, kwargs = _aten.bmm.default, turned[0], {}
+        if _is_turned(func, args):
+            raise UnwritableError
         line = _Line(func, grad)
         line.arguments = [
             *(self._expression(value, line.reads) for value in args),
@@ -120,33 +126,36 @@ class Writer:
         """Makes the program that returns ``results``.
 
         Raises:
-            UnwritableError: A result is not known, or nobody reads what was drawn at random.
+            UnwritableError: A result is not known, or TorchScript would call something else.
             RuntimeError: TorchScript does not know an operation.
         """
         live: set[str] = set()
         returned = "".join(f"{self._expression(tensor, live)}, " for tensor in results)
-        body = [f"return ({returned})", *self._backwards(live)]
-        inputs = ", ".join(f"{name}: Tensor" for name in [*self._inputs, *self._known])
-        source = f"def replay({inputs}):\n    " + "\n    ".join(reversed(body)) + "\n"
-        program = Program(source, list(self._known.values()))
-        if not program.calls(line.name for line in self._lines if line.draws):
+        lines = self._read(live)
+        inputs = ", ".join(
+            f"{name}: Tensor"
+            for name in [*self._inputs, *(f"k{n}" for n in range(len(self._known)))]
+        )
+        body = "\n    ".join([*_with_modes(lines), f"return ({returned})"])
+        must = [line.name for line in lines if line.must_be_called]
+        program = Program(
+            f"def replay({inputs}):\n    {body}\n",
+            self._known,
+            draws=any(line.draws for line in lines),
+        )
+        if not program.calls([line.name for line in lines], must):
             raise UnwritableError
         return program
 
-    def _backwards(self, live: set[str]) -> Iterator[str]:
-        """Yields the lines from the last to the first."""
-        mode: bool | None = None
+    def _read(self, live: set[str]) -> list[_Line]:
+        """Lists the lines without those whose results nobody reads."""
+        read: list[_Line] = []
         for line in reversed(self._lines):
             targets = set(line.targets)
-            if not (line.changes or line.draws or targets & live):
-                continue
-            if mode not in (None, line.grad):
-                yield f"torch.set_grad_enabled({mode})"
-            mode = line.grad
-            yield str(line)
-            live = (live - targets) | line.reads
-        if mode is not None:
-            yield f"torch.set_grad_enabled({mode})"
+            if line.changes or line.must_be_called or targets & live:
+                read.append(line)
+                live = (live - targets) | line.reads
+        return read[::-1]
 
     def _same(self, func: OpOverload[..., Any], line: _Line) -> str | None:
         """Names the tensor that an operation gives back: without autograd some do nothing."""
@@ -175,6 +184,25 @@ class Writer:
         if isinstance(tensor, Tensor):
             self._names[id(tensor)] = name
         return name
+
+
+def _with_modes(lines: Iterable[_Line]) -> Iterator[str]:
+    """Yields the text of lines, and the switches of gradients between them."""
+    mode: bool | None = None
+    for line in lines:
+        if line.grad != mode:
+            mode = line.grad
+            yield f"torch.set_grad_enabled({mode})"
+        yield str(line)
+
+
+def _is_turned(func: OpOverload[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a number is where a tensor comes first.
+
+    TorchScript turns such operations round: ``3 / x`` is three times ``1 / x``, with other bits.
+    """
+    parameters = func._schema.arguments
+    return bool(args) and str(parameters[0].type) == "Tensor" and not isinstance(args[0], Tensor)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ _LENGTH = struct.Struct("<I")
 _BOOT = (
     "import os, sys, pickle; "
     "path, ours, module, name, args = pickle.loads(bytes.fromhex(sys.argv[1])); "
-    "[os.environ.pop(each) for each in ours]; sys.path[:] = path; import importlib; "
+    "[os.environ.pop(each, None) for each in ours]; sys.path[:] = path; import importlib; "
     "getattr(importlib.import_module(module), name)(*args)"
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedproc.client.capture import MOST_BYTES, Programs, capture
 from fedproc.client.gradients import _owned
-from fedproc.client.program import _AS_WRITTEN, Program
+from fedproc.client.program import Program
 
 KNOWN = torch.arange(6.0).reshape(2, 3)
 
@@ -158,29 +158,31 @@ def test_an_error_leaves_autograd_as_it_was() -> None:
     assert caught.tb  # while its frames are alive
 
 
-def test_torchscript_optimizes_again_when_the_last_thread_is_done() -> None:
-    inside = threading.Barrier(2)
-    seen: list[bool] = []
+def test_no_thread_lets_torchscript_optimize_meanwhile() -> None:
+    programs, x = Programs([]), torch.ones(2)
+    for _ in range(2):
+        programs(in_place, in_place, [x])
+    program = programs.find([x])
+    assert program is not None
+    inside, optimizes = threading.Barrier(2), torch._C._get_graph_executor_optimize
+    meanwhile: list[bool] = []
+    afterwards: list[bool] = []
+
+    def use(results: tuple[Tensor | None, ...]) -> None:
+        inside.wait(10)
+        meanwhile.append(optimizes())
 
     def replay() -> None:
-        with _AS_WRITTEN:
-            inside.wait(10)
-        seen.append(torch._C._get_graph_executor_optimize())  # the other one is still within
-        inside.wait(10)
+        program.instead_of(in_place, [x], use)
+        afterwards.append(optimizes())
 
-    def replay_longer() -> None:
-        with _AS_WRITTEN:
-            inside.wait(10)
-            inside.wait(10)
-
-    threads = [threading.Thread(target=each) for each in (replay, replay_longer)]
+    threads = [threading.Thread(target=replay) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert seen == [False]
-    assert torch._C._get_graph_executor_optimize()
+    assert (meanwhile, afterwards) == ([False, False], [True, True])
 
 
 def test_an_error_is_the_one_of_torch() -> None:
@@ -191,6 +193,79 @@ def test_an_error_is_the_one_of_torch() -> None:
 
     with pytest.raises(IndexError, match=r"^index out of range in self$"):
         programs(pick, pick, [torch.tensor([0, 6])])
+
+
+def test_an_error_that_a_random_number_decides_is_the_one_of_torch() -> None:
+    programs = Programs([])
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        kept = torch.nn.functional.dropout(x.sigmoid(), 0.5)  # 0 or twice as much, so over 1
+        return (torch.nn.functional.binary_cross_entropy(kept, torch.ones_like(x)),)
+
+    torch.manual_seed(0)
+    for _ in range(3):
+        programs(compute, compute, [torch.tensor([-3.0, -3.0])])
+    assert [type(found) for found in programs._found.values()] == [Program]
+    rows = torch.tensor([0.01, -3.0])
+    for _ in range(40):
+        stream = torch.get_rng_state()
+        errors = []
+        for call in (lambda: programs(compute, compute, [rows]), lambda: compute(rows)):
+            torch.set_rng_state(stream)
+            try:
+                call()
+                errors.append("")
+            except RuntimeError as error:
+                errors.append(str(error))
+        assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize(
+    "turned_round",
+    [
+        lambda x: (torch.div(3.0, x),),
+        lambda x: (torch.mul(-0.7, x.bfloat16()),),
+        lambda x: (torch.mul(True, x.sum()),),
+        lambda x: (torch.rsub(x, KNOWN),),
+    ],
+)
+def test_what_torchscript_would_compute_otherwise_is_not_captured(
+    turned_round: Callable[[Tensor], tuple[Tensor, ...]],
+) -> None:
+    program, _ = capture(turned_round, [torch.ones(2, 3)], [KNOWN])
+    assert program is None
+
+
+def test_numbers_may_stand_first_in_python() -> None:
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        return 1 - x, 2 * x, 3 / x, 2**x, x > 0.5
+
+    torch.manual_seed(0)
+    program, _ = capture(compute, [torch.rand(50)], [])
+    assert program is not None
+    for _ in range(50):
+        x = torch.rand(50)
+        assert all(map(torch.equal, program([x]), compute(x)))
+
+
+def test_statistics_of_a_batch_are_kept_though_nobody_uses_it_otherwise() -> None:
+    mean, variance = torch.zeros(3), torch.ones(3)
+    programs = Programs([mean, variance])
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        torch.nn.functional.batch_norm(x, mean, variance, training=True)
+        return (x * 2,)
+
+    for _ in range(4):
+        programs(compute, compute, [torch.ones(2, 3)])
+    torch.testing.assert_close(mean, torch.full((3,), 1 - 0.9**4))
+
+
+def test_an_input_may_be_known_besides() -> None:
+    x = torch.ones(2)
+    program, _ = capture(lambda a: (a + 1,), [x], [x])
+    assert program is not None
+    assert program([torch.zeros(2)])[0].tolist() == [1.0, 1.0]
 
 
 def test_an_error_that_torch_does_not_have_is_told() -> None:
