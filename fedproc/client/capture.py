@@ -147,7 +147,7 @@ def capture(
         for call in recorder.calls:
             writer.add(*call)
         return writer.program(results), results
-    except (UnwritableError, RuntimeError):  # TorchScript does not know an operation
+    except UnwritableError:
         return None, results
 
 

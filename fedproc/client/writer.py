@@ -30,7 +30,7 @@ class UnwritableError(Exception):
     """An operation cannot be written down.
 
     It reads what is neither known nor a result, so it may be another tensor next time; or
-    TorchScript cannot express a value, or would leave the operation out.
+    TorchScript does not know it, cannot express a value, or would call something else.
     """
 
 
@@ -92,7 +92,7 @@ class Writer:
             for factor, its_root in zip(*turned, strict=True):
                 self._show(its_root, factor, grad)
             func, args, kwargs = _aten.bmm.default, turned[0], {}
-        if _is_turned(func, args):
+        if _has_number_first(func, args):
             raise UnwritableError
         line = _Line(func, grad)
         line.arguments = [
@@ -117,7 +117,7 @@ class Writer:
         if form == _form(root):
             self._names[id(tensor)] = shown
             return
-        line.arguments = [shown, *map(_written, form)]
+        line.arguments = [shown, *(self._expression(value, line.reads) for value in form)]
         line.name = "aten.as_strided"
         line.targets = [self._variable(tensor)]
         self._lines.append(line)
@@ -126,8 +126,8 @@ class Writer:
         """Makes the program that returns ``results``.
 
         Raises:
-            UnwritableError: A result is not known, or TorchScript would call something else.
-            RuntimeError: TorchScript does not know an operation.
+            UnwritableError: A result is not known; or TorchScript does not know an operation, or
+                would call another one.
         """
         live: set[str] = set()
         returned = "".join(f"{self._expression(tensor, live)}, " for tensor in results)
@@ -138,11 +138,11 @@ class Writer:
         )
         body = "\n    ".join([*_with_modes(lines), f"return ({returned})"])
         must = [line.name for line in lines if line.must_be_called]
-        program = Program(
-            f"def replay({inputs}):\n    {body}\n",
-            self._known,
-            draws=any(line.draws for line in lines),
-        )
+        source = f"def replay({inputs}):\n    {body}\n"
+        try:
+            program = Program(source, self._known, draws=any(line.draws for line in lines))
+        except RuntimeError as error:
+            raise UnwritableError from error
         if not program.calls([line.name for line in lines], must):
             raise UnwritableError
         return program
@@ -196,7 +196,7 @@ def _with_modes(lines: Iterable[_Line]) -> Iterator[str]:
         yield str(line)
 
 
-def _is_turned(func: OpOverload[..., Any], args: Sequence[Any]) -> bool:
+def _has_number_first(func: OpOverload[..., Any], args: Sequence[Any]) -> bool:
     """Whether a number is where a tensor comes first.
 
     TorchScript turns such operations round: ``3 / x`` is three times ``1 / x``, with other bits.
@@ -210,9 +210,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _written(value: Any) -> str:
-    """Writes what is no tensor."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_written, value))}]"
+    """Writes what is neither a tensor nor a list."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float('{value}')"
     if value is None or isinstance(value, bool | int | float | str):

@@ -20,10 +20,9 @@ times slower), and BLAS starts no thread at import."""
 def environment() -> dict[str, str]:
     """The parent's environment with what workers need besides."""
     settings = {**os.environ, **_SETTINGS}
-    library = _aligned()
-    if library is not None:
-        # Who preloads a library of their own (an allocator, a sanitizer) has chosen, also by "".
-        settings.setdefault("LD_PRELOAD", library)
+    # Who preloads a library of their own (an allocator, a sanitizer) has chosen, also by "".
+    if "LD_PRELOAD" not in settings and (library := _aligned()) is not None:
+        settings["LD_PRELOAD"] = library
     return settings
 
 

@@ -77,7 +77,7 @@ static void give_back_all(Kept *of)
             chunk = next;
         }
     }
-    memset(of, 0, sizeof(Kept));
+    memset(of, 0, sizeof(Kept)); /* also what was missing: other sizes may be by now */
 }
 
 static void end_thread(void *of)

@@ -295,6 +295,15 @@ def test_constants_of_every_kind_are_written_down() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def test_what_torchscript_does_not_understand_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedproc.client.writer._written", lambda value: "unheard_of")
+    program, results = capture(lambda x: (x * 2,), [torch.ones(2)], [])
+    assert program is None
+    assert results[0].tolist() == [2.0, 2.0]
+
+
 def test_a_value_that_cannot_be_written_down_is_not_captured() -> None:
     program, results = capture(lambda x: (x * 2j,), [torch.ones(2)], [])
     assert program is None

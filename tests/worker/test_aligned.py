@@ -406,6 +406,11 @@ def test_an_empty_list_of_a_user_switches_it_off() -> None:
     assert _output(WHO, LD_PRELOAD="") == "[] [] ''\n"
 
 
+def _built_at(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = None if path is None else ModuleSpec("_aligned", None, origin=path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -418,15 +423,13 @@ def test_an_empty_list_of_a_user_switches_it_off() -> None:
 )
 def test_only_a_path_that_can_be_named_is(monkeypatch, path, expected) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    spec = None if path is None else ModuleSpec("_aligned", None, origin=path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    _built_at(path, monkeypatch)
     assert environment().get("LD_PRELOAD") == expected
 
 
 @pytest.mark.parametrize("name", ["malloc", "free"])
 def test_it_does_not_come_in_front_of_another_allocator(monkeypatch, name: str) -> None:
-    spec = ModuleSpec("_aligned", None, origin="/usr/lib/_aligned.so")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    _built_at("/usr/lib/_aligned.so", monkeypatch)
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setattr("fedproc.transport.environment._address", {name: 1}.get)
     assert "LD_PRELOAD" not in environment()
@@ -456,6 +459,5 @@ def _seen() -> object:
 @pytest.mark.parametrize("theirs", ["", "/usr/lib/theirs.so"])
 def test_what_a_user_has_chosen_stays(monkeypatch, theirs: str) -> None:
     monkeypatch.setenv("LD_PRELOAD", theirs)
-    spec = ModuleSpec("_aligned", None, origin="/usr/lib/_aligned.so")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    _built_at("/usr/lib/_aligned.so", monkeypatch)
     assert environment()["LD_PRELOAD"] == theirs
